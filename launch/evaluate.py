@@ -1,0 +1,48 @@
+"""Evaluate a checkpoint on shards: each clip exactly once, on any number of ranks.
+
+    deepspeed [--num_gpus N | --hostfile FILE] launch/evaluate.py CHECKPOINT --data SHARDS [--out DIR]
+    python launch/evaluate.py CHECKPOINT --data SHARDS        one process
+
+Writes eval.json (top1, top5, mean_class_accuracy, loss, seen) and predictions.jsonl.
+"""
+
+import argparse
+from pathlib import Path
+
+from vidcls.command import command_arguments, user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards")
+    parser.add_argument("--out", type=Path, help="where to write (default: CHECKPOINT/evaluation)")
+    parser.add_argument("--batch-size", type=int, default=8, help="clips per forward and rank (default: 8)")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes per rank (default: 1)")
+    parser.add_argument("--model", help="the base model's folder, if it has moved since training")
+    parser.add_argument(
+        "--timeout", type=int, default=600, help="seconds until a stuck collective fails (default: 600)"
+    )
+    arguments = parser.parse_args(command_arguments())
+
+    from vidcls import distributed
+    from vidcls.evaluation.command import evaluate_checkpoint
+
+    with user_errors():
+        distributed.check_hostfile()
+        if arguments.batch_size < 1 or arguments.workers < 0:
+            raise ValueError(f"--batch-size {arguments.batch_size} --workers {arguments.workers}: legal: >= 1, >= 0")
+        distributed.start(arguments.timeout)
+        evaluate_checkpoint(
+            arguments.checkpoint,
+            arguments.data,
+            arguments.out or arguments.checkpoint / "evaluation",
+            micro=arguments.batch_size,
+            workers=arguments.workers,
+            base=arguments.model,
+        )
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What the commands in launch/ share: arguments as the deepspeed launcher passes them, and errors as users read them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+USER_ERROR_EXIT = 2
+
+
+def command_arguments() -> list[str]:
+    """sys.argv without what the deepspeed launcher adds for each rank."""
+    return [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Answer a user's mistake (ValueError, LaunchError) with its message alone, once, and exit code 2.
+
+    Every rank finds the same mistake; rank 0 speaks. VIDCLS_TRACEBACK=1 shows where it was found.
+    """
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("VIDCLS_TRACEBACK") or not _is_users(error):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_EXIT)
+
+
+def _is_users(error: Exception) -> bool:
+    return isinstance(error, ValueError) or type(error).__name__ == "LaunchError"

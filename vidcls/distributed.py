@@ -1,0 +1,221 @@
+"""Who am I, whom do I wait for, and how do I leave: the process group and everything that outlives a rank.
+
+Runs under the deepspeed launcher (any number of hosts), under mpirun (ranks found through mpi4py), or as one plain
+process. `start` is called once, before any other function here except `rank_from_environment`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+SHM_FOLDER = Path("/dev/shm")
+STALE_BUILD_SECONDS = 1200  # compiling an op takes 90 s, 4 minutes on a busy machine
+MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+
+
+class LaunchError(RuntimeError):
+    """The processes were started in a way that cannot work; the message says what to change."""
+
+
+def rank_from_environment() -> int:
+    """This process's rank before the process group exists (0 when there is no launcher)."""
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def launcher_processes() -> list[psutil.Process]:
+    """The deepspeed commands this process descends from on this host, nearest first."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            with contextlib.suppress(psutil.Error):
+                words = process.cmdline()
+                if any(Path(w).name == "deepspeed" or w.startswith("deepspeed.launcher") for w in words[:5]):
+                    found.append(process)
+    return found
+
+
+def check_hostfile() -> None:
+    """DeepSpeed answers a wrong --hostfile path by training on this host alone, with exit code 0; refuse instead.
+
+    Raises:
+        LaunchError: the hostfile named on the launcher's command line is not a file.
+    """
+    for process in launcher_processes():
+        words = process.cmdline()
+        for i, word in enumerate(words):
+            name = None
+            if word in ("--hostfile", "-H") and i + 1 < len(words):
+                name = words[i + 1]
+            elif word.startswith("--hostfile="):
+                name = word.partition("=")[2]
+            if name is not None and not Path(process.cwd(), name).is_file():
+                raise LaunchError(
+                    f"--hostfile: {name!r} is not a file; DeepSpeed would train on this host alone. "
+                    "An example is launch/hostfile.example"
+                )
+
+
+def start(timeout_seconds: int) -> None:
+    """Join the process group. All ranks must call it, once.
+
+    Args:
+        timeout_seconds: limit of every collective of the run, ZeRO's own groups included.
+    """
+    import deepspeed
+    import torch.distributed.distributed_c10d as c10d
+
+    if "RANK" not in os.environ and not any(name in os.environ for name in MPI_VARIABLES):
+        _become_single_process()
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    # DeepSpeed passes its timeout to the default group only; the groups ZeRO makes later take torch's default.
+    c10d.default_pg_timeout = timeout
+    c10d.default_pg_nccl_timeout = timeout
+    _remove_stale_build_locks()
+    _unlink_shm_buffer(rank_from_environment())
+    _watch_launcher()
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if accelerator.device_name() == "cpu":
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+    else:
+        accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # DeepSpeed's CPU backend maps a 69 MB buffer per rank in /dev/shm while it starts and leaves the file behind when
+    # a rank is killed. Once every rank has mapped them (the barrier) the names are not needed any more.
+    barrier()
+    _unlink_shm_buffer(rank())
+
+
+def stop() -> None:
+    """Leave the process group; safe to call twice. All ranks should call it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size()
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device this rank computes on."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators, the accelerator's included (dropout; never the order of samples)."""
+    from deepspeed.accelerator import get_accelerator
+
+    torch.manual_seed(seed)
+    get_accelerator().manual_seed_all(seed)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise sum over ranks, in place. All ranks must call it with equal shapes."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def gather_objects(value: object) -> list:
+    """Every rank's value, in rank order, on every rank. Only between trusted ranks of one run."""
+    if world_size() == 1:
+        return [value]
+    gathered: list = [None] * world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+@contextlib.contextmanager
+def all_or_none(what: str) -> Iterator[None]:
+    """Run a block on every rank; if it raises anywhere, it raises everywhere, with the first rank's reason.
+
+    Without this, one rank that fails alone (a full disk, a damaged file) leaves the others waiting in a collective.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    reasons = gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for index, reason in enumerate(reasons):
+        if reason is not None:
+            raise RuntimeError(f"{what} failed on rank {index}: {reason}")
+
+
+def _become_single_process() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def _unlink_shm_buffer(of_rank: int) -> None:
+    """Remove this rank's DeepSpeed buffer: of a dead run with the same address and port, or our own once mapped."""
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{of_rank}"
+    (SHM_FOLDER / name).unlink(missing_ok=True)
+
+
+def _watch_launcher() -> None:
+    """End this rank when a launcher above it is gone: a killed launcher leaves its ranks training on as orphans."""
+    watched = launcher_processes()
+    if not watched:
+        return
+
+    def watch() -> None:
+        while True:
+            time.sleep(1.0)
+            for process in watched:
+                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                    print(
+                        f"vidcls: rank {rank_from_environment()} leaves: its launcher (pid {process.pid}) is gone",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(1)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _remove_stale_build_locks() -> None:
+    """torch waits for ever, silently, for the lock of an op build that was killed; remove locks that are too old."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    folder = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
+    for lock in folder.glob("**/lock"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - lock.stat().st_mtime > STALE_BUILD_SECONDS:
+                print(f"vidcls: removing the lock of an op build that never finished: {lock}", file=sys.stderr)
+                lock.unlink()

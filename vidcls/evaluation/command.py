@@ -1,0 +1,58 @@
+"""The evaluation of a checkpoint, from its folder to its files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vidcls import distributed
+from vidcls.data.labels import LabelSpace
+from vidcls.data.loader import ClipBatches
+from vidcls.data.shards import ShardIndex
+from vidcls.evaluation.evaluate import evaluate, write_results
+from vidcls.evaluation.metrics import Metrics
+from vidcls.model.pretrained import load_model
+from vidcls.training.loop import LABELS_NAME
+
+
+def evaluate_checkpoint(
+    checkpoint: Path, data: Path, out: Path, *, micro: int, workers: int, base: str | None = None
+) -> Metrics:
+    """Evaluate and write the results; all ranks must call it, the main rank writes and prints.
+
+    Raises:
+        ValueError: checkpoint or shards cannot be read, or their label spaces differ.
+    """
+    index = ShardIndex.open(data)
+    labels = LabelSpace.load(checkpoint / LABELS_NAME)
+    labels.check_same(index.labels, f"checkpoint {checkpoint}", f"shards {data}")
+    model, encoder, spec = load_model(checkpoint, model_name_or_path=base)
+    model.to(distributed.device())
+    clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
+    with _progress() as progress:
+        # The main rank's share stands for all: batches are dealt out evenly.
+        task = progress.add_task("evaluating", total=-(-len(index) // distributed.world_size()))
+        metrics, predictions = evaluate(
+            model, clips, micro=micro, workers=workers, done=lambda count: progress.advance(task, count)
+        )
+    with distributed.all_or_none(f"writing {out}"):
+        if distributed.is_main():
+            write_results(out, metrics, predictions, labels)
+            print(
+                f"{metrics.seen} clips: top-1 {metrics.top1:.4f}, top-5 {metrics.top5:.4f}, mean class accuracy "
+                f"{metrics.mean_class_accuracy:.4f}, loss {metrics.loss:.4f}; written to {out}",
+                flush=True,
+            )
+    return metrics
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("evaluating"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        disable=not distributed.is_main() or not sys.stdout.isatty(),
+    )

@@ -1,0 +1,110 @@
+"""The built-in model "tiny": Qwen2.5-VL's architecture at a size for tests and first runs, no download.
+
+Its weights are random but always the same, so two runs, two ranks and a reload agree on the frozen part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
+from transformers.integrations import deepspeed as hf_deepspeed
+
+TINY = "tiny"
+WEIGHTS_SEED = 20250217
+VOCAB_SIZE = 512
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+SPECIAL_IDS = {token: 256 + index for index, token in enumerate(SPECIAL_TOKENS)}
+
+
+def tiny_config() -> Qwen2_5_VLConfig:
+    """A two-layer Qwen2.5-VL with the real geometry: 14 pixel patches, 2x2 merging, 112 pixel windows."""
+    text = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        "bos_token_id": SPECIAL_IDS["<|endoftext|>"],
+        "eos_token_id": SPECIAL_IDS["<|im_end|>"],
+        "use_cache": False,
+        "tie_word_embeddings": True,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=SPECIAL_IDS["<|image_pad|>"],
+        video_token_id=SPECIAL_IDS["<|video_pad|>"],
+        vision_start_token_id=SPECIAL_IDS["<|vision_start|>"],
+        vision_end_token_id=SPECIAL_IDS["<|vision_end|>"],
+    )
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte (ids 0 to 255) and Qwen's special tokens behind them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_backbone(*, attn_implementation: str | None = None) -> Qwen2_5_VLModel:
+    """The float32 model; its weights depend on nothing but `WEIGHTS_SEED`, and no global state moves."""
+    config = tiny_config()
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    # devices=[]: everything is drawn on the CPU, whatever accelerator the run uses.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _whole_parameters():
+        torch.manual_seed(WEIGHTS_SEED)
+        return Qwen2_5_VLModel(config)
+
+
+@contextlib.contextmanager
+def _whole_parameters() -> Iterator[None]:
+    """Build whole parameters even when transformers was told to partition new models (ZeRO-3).
+
+    It would otherwise skip the initialisation and leave the partitions for a checkpoint to fill.
+    """
+    active = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = active

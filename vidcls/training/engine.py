@@ -1,0 +1,80 @@
+"""DeepSpeed: the merged configuration, the engine, and one optimizer step."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from vidcls import distributed
+from vidcls.config import BatchPlan, Config
+from vidcls.data.loader import Batch
+from vidcls.model.losses import cross_entropy_sum
+from vidcls.training.optimizer import build_adam, parameter_groups, set_learning_rate
+
+
+def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
+    """The ds_configs file with the numbers that the recipe owns put in."""
+    merged = copy.deepcopy(config.zero)
+    merged.update(
+        train_batch_size=plan.global_,
+        train_micro_batch_size_per_gpu=plan.micro,
+        gradient_accumulation_steps=plan.accumulation,
+        gradient_clipping=config.optim.max_grad_norm,
+        bf16={"enabled": config.optim.bf16},
+        steps_per_print=2**31 - 1,  # vidcls logs itself
+    )
+    return merged
+
+
+def build_engine(config: Config, model: nn.Module, plan: BatchPlan) -> deepspeed.DeepSpeedEngine:
+    """Wrap the whole classifier in one engine. All ranks must call it.
+
+    Backbone adapters, <ACTION> and head are one module, so that ZeRO partitions, reduces and clips them together.
+    """
+    optimizer = build_adam(parameter_groups(model, config.optim), config.optim)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
+    return engine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars of one optimizer step, left on the device so that reading them (a sync) is the caller's choice."""
+
+    loss: torch.Tensor  # this rank's mean over its clips of the step
+    grad_norm: torch.Tensor | float  # global, before clipping
+
+
+def train_step(
+    engine: deepspeed.DeepSpeedEngine,
+    batches: Iterator[Batch],
+    *,
+    accumulation: int,
+    step: int,
+    rate: float,
+    seed: int,
+) -> StepResult:
+    """One optimizer step at base learning rate `rate` over `accumulation` micro-batches. All ranks must call it."""
+    set_learning_rate(engine.optimizer, rate)
+    total = torch.zeros((), device=engine.device)
+    for micro_step in range(accumulation):
+        batch = next(batches).to(engine.device)
+        # Dropout follows from (seed, step, micro-step, rank) alone: a resumed run needs no generator state.
+        distributed.seed_everything(_dropout_seed(seed, step, micro_step, distributed.rank()))
+        logits_BC = engine(**batch.model_inputs())
+        loss_sum, weight_sum = cross_entropy_sum(logits_BC, batch.labels_B, batch.weights_B)
+        loss = loss_sum / weight_sum
+        engine.backward(loss)  # DeepSpeed divides by the accumulation count and averages over ranks
+        engine.step()
+        total += loss.detach()
+    return StepResult(loss=total / accumulation, grad_norm=engine.get_global_grad_norm())
+
+
+def _dropout_seed(*numbers: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "little")

@@ -18,11 +18,31 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vidcls.model.prompt import DEFAULT_PROMPT, check_prompt
+ACTION_TOKEN = "<ACTION>"
+VIDEO_TAG = "<video>"
+DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
 
 
 class ConfigError(ValueError):
     """A user's mistake in the configuration; the message names field, value and what is legal."""
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be encoded."""
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise PromptError unless there is exactly one <video> and, behind it, exactly one <ACTION>."""
+    videos, actions = prompt.count(VIDEO_TAG), prompt.count(ACTION_TOKEN)
+    if videos != 1 or actions != 1:
+        raise PromptError(
+            f"prompt {prompt!r} has {videos} {VIDEO_TAG} and {actions} {ACTION_TOKEN}; it must have exactly one of each"
+        )
+    if prompt.index(ACTION_TOKEN) < prompt.index(VIDEO_TAG):
+        raise PromptError(
+            f"prompt {prompt!r} has {ACTION_TOKEN} before {VIDEO_TAG}; it must come after, "
+            "because a token sees only what is before it"
+        )
 
 
 class Section(BaseModel):

@@ -160,7 +160,7 @@ def _probe(name: str) -> _Video:
         reordered = bool(stream.codec_context.has_b_frames)
         packets = [(p.pts, p.size, p.is_discard) for p in container.demux(stream) if p.size or p.pts is not None]
         time_base, rate = stream.time_base, stream.average_rate
-        duration = float(stream.duration * time_base) if stream.duration and time_base else 0.0
+        duration = _promised_duration(container, stream)
     stamps = [pts for pts, _, _ in packets if pts is not None]
     times = []
     if len(stamps) == len(packets) and time_base is not None:
@@ -178,6 +178,17 @@ def _probe(name: str) -> _Video:
     if times and times[-1] + (1 / rate if rate else 0) < MOST_OF_VIDEO * duration:
         damage = f"the file ends after {times[-1]:.2f} of {duration:.2f} seconds"
     return _Video(times, distrust and f"decord not used ({distrust})", damage)
+
+
+def _promised_duration(container: Any, stream: Any) -> float:
+    """Seconds of video that the headers speak of, 0 if they do not."""
+    if stream.frames and stream.average_rate:  # before the duration: FFmpeg scales that of a truncated AVI down
+        return float(stream.frames / stream.average_rate)
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if container.duration and not container.streams.audio:  # sound may go on longer
+        return container.duration / av.time_base
+    return 0.0
 
 
 def _first_rotation(name: str) -> int:

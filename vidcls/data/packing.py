@@ -312,7 +312,7 @@ def _clear_folder(out: Path, overwrite: bool) -> None:
         raise ShardError(f"{out}: holds files that are not shards ({', '.join(foreign[:5])}); use an empty folder")
     if INDEX in names:
         if not overwrite:
-            raise ShardError(f"{out}: already holds a finished data set; ask for overwriting, or use another folder")
+            raise ShardError(f"{out}: already holds a finished data set; use another folder, or --overwrite")
         (out / INDEX).unlink()  # first: from here on there is no data set
     for name in names:
         (out / name).unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2_5_VLModel,
 )
 
-from vidcls.model.prompt import ACTION_TOKEN
+from vidcls.config import ACTION_TOKEN
 from vidcls.model.tiny import TINY, tiny_backbone, tiny_config, tiny_tokenizer
 
 MODEL_TYPE = "qwen2_5_vl"
@@ -118,7 +118,7 @@ class LoraSettings:
     """Low-rank adapters: their rank, the scale alpha / rank, and dropout on their input."""
 
     rank: int
-    alpha: int
+    alpha: float
     dropout: float
 
     def __post_init__(self) -> None:
@@ -137,9 +137,8 @@ def add_lora(backbone: Qwen2_5_VLModel, settings: LoraSettings, *, seed: int) ->
     wants one dtype for all that trains. `backbone` is changed in place.
     """
     dtype = next(backbone.parameters()).dtype
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=LORA_TARGETS
-    )
+    alpha: Any = settings.alpha  # PEFT only divides it by the rank, but annotates it as a whole number
+    config = LoraConfig(r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, target_modules=LORA_TARGETS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = get_peft_model(backbone, config, autocast_adapter_dtype=False)

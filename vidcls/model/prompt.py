@@ -1,6 +1,5 @@
 """A prompt and a clip's grid -> token ids and M-RoPE positions, on the host.
 
-Nothing heavy is imported here: config validation calls `check_prompt` before torch is loaded.
 Shape suffix: L sequence.
 """
 
@@ -11,21 +10,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vidcls.config import ACTION_TOKEN, VIDEO_TAG, PromptError, check_prompt
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from vidcls.model.patches import Grid, VisionGeometry
 
-ACTION_TOKEN = "<ACTION>"
-VIDEO_TAG = "<video>"
-DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
 SYSTEM_TEXT = "You are a helpful assistant."
 # Tokenised prompts kept per encoder; a dataset with a prompt of its own for every clip must not fill memory.
 CACHE_SIZE = 1024
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be encoded."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +41,6 @@ class EncodedPrompt:
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-
-def check_prompt(prompt: str) -> None:
-    """Raise PromptError unless there is exactly one <video> and, behind it, exactly one <ACTION>."""
-    videos, actions = prompt.count(VIDEO_TAG), prompt.count(ACTION_TOKEN)
-    if videos != 1 or actions != 1:
-        raise PromptError(
-            f"prompt {prompt!r} has {videos} {VIDEO_TAG} and {actions} {ACTION_TOKEN}; it must have exactly one of each"
-        )
-    if prompt.index(ACTION_TOKEN) < prompt.index(VIDEO_TAG):
-        raise PromptError(
-            f"prompt {prompt!r} has {ACTION_TOKEN} before {VIDEO_TAG}; it must come after, "
-            "because a token sees only what is before it"
-        )
 
 
 class PromptEncoder:

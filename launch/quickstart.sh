@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The main job from video files to a trained, evaluated, usable classifier.
+#
+#   bash launch/quickstart.sh [FOLDER_OF_CLASS_FOLDERS]
+#
+# Without a folder it makes its own small videos: four classes that differ only in the direction of motion.
+# A quarter of each class is kept away from training. Everything is written to runs/quickstart/.
+set -euo pipefail
+videos=${1:+$(realpath -- "$1")}
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+run=${VIDCLS_QUICKSTART_DIR:-runs/quickstart}
+say() { printf '\n== %s\n' "$*"; }
+# The launcher starts one rank per GPU, or two on a machine without any.
+gpus=$(python -c 'from deepspeed.accelerator import get_accelerator as a; print(0 if a().device_name() == "cpu" else a().device_count())' 2>/dev/null)
+ranks=$((gpus > 0 ? gpus : 2))
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+launch() { deepspeed --num_gpus "$ranks" --master_port "$port" "$@" 2> >(grep --line-buffered -vE '\[(INFO|WARNING)\]|FutureWarning|warnings.warn|return func' >&2); }
+
+rm -rf "$run"
+mkdir -p "$run"
+if [ -z "$videos" ]; then
+  videos=$run/videos
+  say "1/5 making 400 small videos (left, right, up, down) in $videos"
+  python tools/make_motion_clips.py --out "$videos" --per-class 100
+else
+  say "1/5 using the videos in $videos"
+fi
+
+say "2/5 decoding the videos into shards, once"
+for split in train test; do
+  python tools/make_shards.py folder --videos "$videos" --split $split --out "$run/shards/$split" --frames 8 --short-side 112
+done
+
+say "3/5 training on $ranks ranks (the first time, DeepSpeed compiles its optimizer: one to four minutes)"
+launch launch/train.py launch/recipes/quickstart.yaml dataset="$run/shards/train" output_dir="$run/train"
+checkpoint=$(ls -d "$run"/train/checkpoint-* | sort -V | tail -n 1)
+
+say "4/5 evaluating on clips that were never trained on"
+launch launch/evaluate.py "$checkpoint" --data "$run/shards/test" --out "$run/evaluation"
+
+say "5/5 predicting one video that was never trained on"
+clip=$(python - "$run/shards/test" "$videos" <<'PYTHON'
+import sys
+from vidcls.data.shards import ShardIndex, ShardReader
+print(f"{sys.argv[2]}/{ShardReader(ShardIndex.open(sys.argv[1])).read(0).source}")
+PYTHON
+)
+python launch/predict.py "$checkpoint" "$clip" 2>/dev/null
+
+say "done; look at"
+cat <<TEXT
+  $run/train/training_loss.png        the loss as a picture
+  $run/train/train_log.jsonl          loss, learning rate, gradient norm, speed, by step
+  $checkpoint    adapter, head, <ACTION>, tokenizer, and all that a resume needs
+  $run/evaluation/eval.json           the accuracy above
+  $run/evaluation/predictions.jsonl   every test clip with its scores
+  .venv/bin/tensorboard --logdir $run/train/tensorboard     the curves in a browser
+  .venv/bin/python launch/predict.py $checkpoint VIDEO      try a video of your own
+TEXT

@@ -1,0 +1,174 @@
+"""ActionClassifier against transformers' own forward, padding, and what gets a gradient."""
+
+import copy
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from vidcls.model.backbone import LoraSettings, action_token_init, add_lora, load_backbone, load_config, load_tokenizer
+from vidcls.model.classifier import ActionClassifier, ActionToken, parameter_kind
+from vidcls.model.heads import ActionDecoder
+from vidcls.model.losses import cross_entropy_sum
+from vidcls.model.patches import VisionGeometry, frames_to_patches
+from vidcls.config import DEFAULT_PROMPT
+from vidcls.model.prompt import PromptEncoder
+
+CLIPS = (  # frames, height, width, seconds per grid step, prompt
+    (8, 112, 112, 0.5, DEFAULT_PROMPT),
+    (4, 56, 140, 1.3, "<video> <ACTION>"),
+    (2, 140, 84, 0.1, "Watch this: <video>\nWhich of the known actions is it, would you say? <ACTION>"),
+    (8, 112, 112, 2.0, "<video>?<ACTION>"),
+)
+
+
+def make_classifier(*, lora=True, dtype=torch.float32, decoder_type="mlp"):
+    backbone = load_backbone("tiny", dtype=dtype)
+    tokenizer, token_id = load_tokenizer("tiny")
+    token = ActionToken(action_token_init(backbone, tokenizer))
+    if lora:
+        backbone = add_lora(backbone, LoraSettings(4, 8, 0.0), seed=0)
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in backbone.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1, generator=generator)
+    head = ActionDecoder(128, 6, decoder_type, seed=0)
+    geometry = VisionGeometry.from_config(load_config("tiny"))
+    return ActionClassifier(backbone, head, token, action_token_id=token_id, geometry=geometry).eval()
+
+
+def make_batch(clips=CLIPS):
+    config, (tokenizer, _) = load_config("tiny"), load_tokenizer("tiny")
+    encoder = PromptEncoder(tokenizer, VisionGeometry.from_config(config), config.video_token_id, 4096, 1, 10**6)
+    grids = tuple(encoder.grid(*clip[:3]) for clip in clips)
+    rows = [encoder.encode(clip[4], grid, clip[3]) for clip, grid in zip(clips, grids, strict=True)]
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    positions = torch.zeros(3, len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.from_numpy(row.input_ids)
+        positions[:, index, : len(row)] = torch.from_numpy(row.position_ids)
+    # Pixels depend on the clip, not on its place in the batch.
+    pixels = []
+    for frames, height, width, seconds, _ in clips:
+        generator = torch.Generator().manual_seed(int(seconds * 10))
+        pixels.append(torch.randint(0, 256, (frames * height * width * 3,), dtype=torch.uint8, generator=generator))
+    ends = torch.tensor([len(row) - 1 for row in rows])
+    return torch.cat(pixels), grids, ids, positions, ends
+
+
+def reference_logits(classifier, clips):
+    """transformers' own forward over the same weights: its positions, windows, mask and scatter."""
+    frames, grids, ids, _, ends = make_batch(clips)
+    config = load_config("tiny")
+    whole = Qwen2_5_VLForConditionalGeneration(config).eval()
+    whole.model = copy.deepcopy(classifier.inner)
+    with torch.no_grad():
+        table = whole.model.language_model.embed_tokens.weight
+        table[classifier.action_token_id] = classifier.action_token.weight
+    mask = (torch.arange(ids.shape[1]) <= ends[:, None]).long()
+    out = whole(
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values_videos=frames_to_patches(frames, grids, classifier.geometry, torch.float32),
+        video_grid_thw=torch.tensor(grids),
+        second_per_grid_ts=torch.tensor([clip[3] for clip in clips]),
+        mm_token_type_ids=(ids == config.video_token_id).int() * 2,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return classifier.head(out.hidden_states[-1][torch.arange(len(ids)), ends])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@torch.no_grad()
+def test_logits_equal_the_conditional_generation_model(lora):
+    classifier = make_classifier(lora=lora)
+    logits_BC = classifier(*make_batch())
+    assert logits_BC.std() > 1e-3
+    torch.testing.assert_close(logits_BC, reference_logits(classifier, CLIPS), atol=2e-6, rtol=1e-5)
+    if lora:
+        for parameter in classifier.backbone.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+        assert not torch.allclose(classifier(*make_batch()), logits_BC, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_padding_changes_nothing(implementation):
+    classifier = make_classifier()
+    classifier.inner.set_attn_implementation(implementation)
+    together_BC = classifier(*make_batch())
+    alone_BC = torch.cat([classifier(*make_batch([clip])) for clip in CLIPS])
+    torch.testing.assert_close(together_BC, alone_BC, atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_order_time_and_prompt_all_reach_the_logits():
+    classifier = make_classifier()
+    frames, height, width, seconds, prompt = CLIPS[0]
+    base = classifier(*make_batch([CLIPS[0]]))
+    pixels, *rest = make_batch([CLIPS[0]])
+    variants = {
+        "frames": classifier(pixels.view(frames, -1).flip(0).flatten(), *rest),
+        "prompt": classifier(*make_batch([(frames, height, width, seconds, "<video> Well? <ACTION>")])),
+    }
+    slower = make_batch([(frames, height, width, seconds * 4, prompt)])
+    variants["time"] = classifier(pixels, *slower[1:])
+    for name, logits in variants.items():
+        assert not torch.allclose(logits, base, atol=1e-5), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_reach_lora_token_and_head_and_nothing_else(dtype):
+    classifier = make_classifier(dtype=dtype).train()
+    logits_BC = classifier(*make_batch(CLIPS[:2]))
+    assert logits_BC.dtype == torch.float32
+    cross_entropy_sum(logits_BC, torch.tensor([1, 2]), torch.ones(2))[0].backward()
+    kinds = {"lora": 0, "action_token": 0, "head": 0, "frozen": 0}
+    for name, parameter in classifier.named_parameters():
+        kind = parameter_kind(name)
+        kinds[kind] += 1
+        assert parameter.dtype == dtype
+        assert parameter.requires_grad == (kind != "frozen"), name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (kind != "frozen"), name
+    assert kinds["lora"] == 28
+    assert kinds["action_token"] == 1
+    assert kinds["head"] == 4
+    assert kinds["frozen"] > 0
+
+
+def test_checkpointing_the_language_model_keeps_gradients():
+    grads = []
+    for checkpointing in (False, True):
+        classifier = make_classifier().train()
+        if checkpointing:
+            classifier.inner.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        classifier(*make_batch(CLIPS[:2])).square().sum().backward()
+        grads.append({name: p.grad for name, p in classifier.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+def test_layouts_built_in_evaluation_serve_a_training_vision_tower():
+    classifier = make_classifier().train()
+    classifier.inner.visual.requires_grad_(True)
+    classifier._vision_trains = True
+    batch = make_batch(CLIPS[:1])
+    with torch.inference_mode():
+        classifier(*batch)
+    classifier(*batch).sum().backward()
+    assert classifier.inner.visual.patch_embed.proj.weight.grad.any()
+
+
+def test_mistakes_are_named():
+    backbone = load_backbone("tiny", dtype=torch.float32)
+    good = {"action_token_id": 263, "geometry": VisionGeometry()}
+    with pytest.raises(ValueError, match="head has hidden size 64; the backbone's is 128"):
+        ActionClassifier(backbone, ActionDecoder(64, 6), ActionToken(torch.zeros(128)), **good)
+    with pytest.raises(ValueError, match="action_token has hidden size 64"):
+        ActionClassifier(backbone, ActionDecoder(128, 6), ActionToken(torch.zeros(64)), **good)
+    frames, grids, *rest = make_batch(CLIPS[:2])
+    with pytest.raises(ValueError, match="grid_thw has 1 clips, input_ids has 2 rows"):
+        make_classifier()(frames, grids[:1], *rest)

@@ -1,0 +1,159 @@
+"""The configuration: strict, fast, and every mistake answered with field, value and what is legal."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.launch import ROOT
+from vidcls.config import (
+    Config,
+    ConfigError,
+    batch_plan,
+    check_output_dir,
+    config_from_values,
+    describe_options,
+    load_config,
+    total_steps,
+)
+
+VALUES = {
+    "model_name_or_path": "tiny",
+    "dataset": "shards",
+    "output_dir": "out",
+    "per_device_train_batch_size": 2,
+    "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
+}
+
+
+def config(**changes: object) -> Config:
+    return config_from_values({**VALUES, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lerning_rate": 1e-4}, "lerning_rate: unknown option; did you mean 'learning_rate'?"),
+        ({"learning_rate": -1}, "learning_rate: -1 is not legal: .*legal: > 0"),
+        ({"learning_rate": "fast"}, "learning_rate: 'fast' is not legal"),
+        ({"action_decoder_type": "tree"}, "action_decoder_type: 'tree' .*legal: linear | mlp"),
+        ({"dataset": None}, "dataset: None is not legal"),
+        ({"lora_dropout": 1.0}, "lora_dropout: 1.0 is not legal: .*>= 0, < 1"),
+        ({"max_steps": 0}, "max_steps: 0 is not legal: .*>= 1"),
+        ({"prompt": "<video> what?"}, "0 <ACTION>"),
+        ({"prompt": "<video> <ACTION> <ACTION>"}, "2 <ACTION>"),
+        ({"prompt": "what? <ACTION>"}, "0 <video>"),
+        ({"action_decoder_hidden_size": 64}, "action_decoder_hidden_size: 64 has no effect"),
+        ({"video_min_pixels": 10**6}, "video_min_pixels: 1000000 is more than video_max_pixels"),
+        ({"per_device_train_batch_size": None}, "per_device_train_batch_size: not given"),
+        ({"deepspeed": "nowhere.json"}, "deepspeed: 'nowhere.json' is not a file"),
+    ],
+)
+def test_a_mistake_names_field_value_and_what_is_legal(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+def test_all_mistakes_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_from_values({"lora_rnk": 1, "lora_alpha": -1, "seed": "x"})
+    for part in ("lora_rnk", "lora_alpha", "seed", "model_name_or_path: required", "dataset: required"):
+        assert part in str(caught.value)
+
+
+def test_a_number_in_both_places_names_its_owner(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "train_batch_size": 8, "bf16": {"enabled": true}}')
+    with pytest.raises(ConfigError, match="'train_batch_size'; that number is owned by 'train_batch_size'") as caught:
+        config(deepspeed=str(file))
+    assert "owned by 'bf16'" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"zero_optimization": {"stage": 1}}', "{}"])
+def test_a_deepspeed_file_that_cannot_serve_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="ds.json"):
+        config(deepspeed=str(file))
+
+
+def test_overrides_win_and_the_dump_loads_again(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(VALUES) + "learning_rate: 5e-5\n")
+    loaded = load_config(recipe, ["lora_rank=4", "bf16=false", "prompt=<video> Which? <ACTION>"])
+    assert (loaded.model.lora_rank, loaded.optim.bf16, loaded.optim.learning_rate) == (4, False, 5e-5)
+    again = tmp_path / "again.yaml"
+    again.write_text(loaded.dump())
+    assert load_config(again) == loaded
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "expected"),
+    [
+        ({"per_device_train_batch_size": 2}, 3, (2, 1, 6)),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 2, (2, 4, 16)),
+        ({"per_device_train_batch_size": 2, "train_batch_size": 24}, 3, (2, 4, 24)),
+        (
+            {"per_device_train_batch_size": None, "gradient_accumulation_steps": 2, "train_batch_size": 24},
+            3,
+            (4, 2, 24),
+        ),
+    ],
+)
+def test_two_of_the_batch_triple_give_the_third(batch: dict, world: int, expected: tuple[int, int, int]) -> None:
+    plan = batch_plan(config(**batch).optim, world)
+    assert plan is not None
+    assert (plan.micro, plan.accumulation, plan.global_) == expected
+
+
+def test_a_batch_that_does_not_divide_lists_the_rank_counts_that_fit() -> None:
+    with pytest.raises(ConfigError, match=r"train_batch_size: 12 .*these rank counts fit: \[1, 2, 3, 6\]"):
+        batch_plan(config(train_batch_size=12).optim, 4)
+
+
+def test_total_steps() -> None:
+    assert total_steps(config(num_train_epochs=2).optim, samples=25, global_batch=4) == 13
+    assert total_steps(config(max_steps=7).optim, samples=25, global_batch=4) == 7
+
+
+def test_a_used_output_dir_needs_a_decision(tmp_path: Path) -> None:
+    (tmp_path / "something").write_text("x")
+    with pytest.raises(ConfigError, match="output_dir: .* is not empty"):
+        check_output_dir(config(output_dir=str(tmp_path)).run)
+    check_output_dir(config(output_dir=str(tmp_path), overwrite_output_dir=True).run)
+    check_output_dir(config(output_dir=str(tmp_path), resume_from_checkpoint="latest").run)
+    check_output_dir(config(output_dir=str(tmp_path / "new")).run)
+
+
+def test_every_option_is_described() -> None:
+    text = describe_options()
+    assert "learning_rate  (default 5e-05; > 0)" in text
+    assert "dataset  (required)" in text
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml"))])
+def test_shipped_recipes_load(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    load_config(ROOT / "launch" / "recipes" / name)
+
+
+def test_a_typo_is_answered_before_any_heavy_import(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**VALUES, "max_stepz": 3}))
+    program = (
+        "import sys, runpy\n"
+        f"sys.argv = ['train.py', '--local_rank=0', {str(recipe)!r}]\n"
+        "try:\n    runpy.run_path('launch/train.py', run_name='__main__')\n"
+        "except SystemExit as leaving:\n    code = leaving.code\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'peft'} & sys.modules.keys()\n"
+        "print(code, sorted(heavy))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "2 []"
+    assert done.stderr.strip() == "error: max_stepz: unknown option; did you mean 'max_steps'?"

@@ -77,7 +77,7 @@ def test_a_number_in_both_places_names_its_owner(tmp_path: Path) -> None:
 def test_a_deepspeed_file_that_cannot_serve_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "ds.json"
     file.write_text(content)
-    with pytest.raises(ConfigError, match="ds.json"):
+    with pytest.raises(ConfigError, match=r"ds\.json"):
         config(deepspeed=str(file))
 
 
@@ -122,7 +122,7 @@ def test_total_steps() -> None:
 
 def test_a_used_output_dir_needs_a_decision(tmp_path: Path) -> None:
     (tmp_path / "something").write_text("x")
-    with pytest.raises(ConfigError, match="output_dir: .* is not empty"):
+    with pytest.raises(ConfigError, match=r"output_dir: .* is not empty"):
         check_output_dir(config(output_dir=str(tmp_path)).run)
     check_output_dir(config(output_dir=str(tmp_path), overwrite_output_dir=True).run)
     check_output_dir(config(output_dir=str(tmp_path), resume_from_checkpoint="latest").run)

@@ -54,9 +54,9 @@ def make_motion_clips(
 
 def motion_frames(rng: np.random.Generator, direction: str, frames: int, size: int) -> np.ndarray:
     """uint8 [frames, size, size, 3]: one blob that moves `direction` over 35 to 70 % of the picture."""
-    radius = size * rng.uniform(0.10, 0.18)
-    background = rng.uniform(40, 120) + rng.normal(0, 12, (size, size, 3))
-    colour = rng.uniform(140, 255, 3)
+    radius = size * rng.uniform(0.12, 0.18)
+    background = rng.uniform(20, 80) + rng.normal(0, 4, (size, size, 3))
+    colour = rng.uniform(180, 255, 3)
     stripes = rng.uniform(0, np.pi), rng.uniform(0.4, 0.9)  # direction, radians per pixel
     room = size - 2 * radius
     travel = min(size * rng.uniform(0.35, 0.70), room)
@@ -67,7 +67,7 @@ def motion_frames(rng: np.random.Generator, direction: str, frames: int, size: i
     clip = np.empty((frames, size, size, 3), dtype=np.uint8)
     for i in range(frames):
         down, right = row_grid - rows[i], column_grid - columns[i]
-        texture = 0.75 + 0.25 * np.sin(stripes[1] * (np.cos(stripes[0]) * right + np.sin(stripes[0]) * down))
+        texture = 0.85 + 0.15 * np.sin(stripes[1] * (np.cos(stripes[0]) * right + np.sin(stripes[0]) * down))
         inside = np.clip(radius - np.hypot(down, right), 0, 1)[..., None]  # a soft edge, one pixel wide
         clip[i] = np.clip(background * (1 - inside) + colour * texture[..., None] * inside, 0, 255)
     return clip[::-1] if direction in ("left", "up") else clip

@@ -1,13 +1,17 @@
-"""What the commands in launch/ share: arguments as the deepspeed launcher passes them, and errors as users read them."""
+"""What the commands in launch/ share: arguments as the launcher passes them, and errors as users read them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 USER_ERROR_EXIT = 2
+
+# What torch, peft and transformers tell each other about names they will drop; nothing a user can act on, on every rank.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\b")
 
 
 def command_arguments() -> list[str]:

@@ -280,8 +280,8 @@ def check_output_dir(run: RunOptions) -> None:
         raise ConfigError(f"output_dir: {run.output_dir!r} is a file, not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (run.overwrite_output_dir or run.resume_from_checkpoint):
         raise ConfigError(
-            f"output_dir: {run.output_dir!r} is not empty; give another folder, resume_from_checkpoint=latest to go on, "
-            "or overwrite_output_dir=true to delete what is in it"
+            f"output_dir: {run.output_dir!r} is not empty; give another folder, resume_from_checkpoint=latest to go "
+            "on, or overwrite_output_dir=true to delete what is in it"
         )
 
 

@@ -125,6 +125,13 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def accelerator_name() -> str:
+    """ "cpu", "cuda", ...: what DeepSpeed computes on here. Needs no process group."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name()
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch's generators, the accelerator's included (dropout; never the order of samples)."""
     from deepspeed.accelerator import get_accelerator

@@ -7,7 +7,6 @@ import pytest
 
 from vidcls.data.order import SampleOrder, StepLayout, epoch_permutation, evaluation_chunks
 
-
 PINNED = [7, 1, 6, 4, 3, 5, 9, 0, 2, 8]
 
 

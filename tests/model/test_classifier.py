@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from vidcls.config import DEFAULT_PROMPT
 from vidcls.model.backbone import LoraSettings, action_token_init, add_lora, load_backbone, load_config, load_tokenizer
 from vidcls.model.classifier import ActionClassifier, ActionToken, parameter_kind
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.losses import cross_entropy_sum
 from vidcls.model.patches import VisionGeometry, frames_to_patches
-from vidcls.config import DEFAULT_PROMPT
 from vidcls.model.prompt import PromptEncoder
 
 CLIPS = (  # frames, height, width, seconds per grid step, prompt

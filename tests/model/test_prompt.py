@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from vidcls.config import DEFAULT_PROMPT, PromptError, check_prompt
 from vidcls.model.backbone import load_config, load_tokenizer
 from vidcls.model.patches import VisionGeometry
-from vidcls.config import DEFAULT_PROMPT, PromptError, check_prompt
 from vidcls.model.prompt import PromptEncoder, rope_positions
 from vidcls.model.tiny import tiny_backbone
 

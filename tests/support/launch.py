@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
-DEEPSPEED = Path(sys.executable).parent / "deepspeed"
+PYTHON = sys.executable
+DEEPSPEED = Path(PYTHON).parent / "deepspeed"
 
 
 @dataclass(frozen=True)

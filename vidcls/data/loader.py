@@ -1,7 +1,8 @@
 """From shards and an order to batches of uint8 frames, token ids and positions.
 
-Workers read, decode and resize; normalising and patchifying happen on the device (model/patches.py), so that one byte per
-colour value crosses process and bus. `Batch` holds exactly what the classifier's forward takes, plus what the loss needs.
+Workers read, decode and resize; normalising and patchifying happen on the device (model/patches.py), so that one byte
+per colour value crosses process and bus. `Batch` holds exactly what the classifier's forward takes, plus what the loss
+needs.
 
 Tensor name suffixes: B clips in the batch, L padded sequence length.
 """
@@ -203,7 +204,7 @@ def read_batches(batches: ClipBatches, requests: Iterable[Request], *, workers: 
         batch_size=None,
         sampler=requests,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_unchanged,
+        collate_fn=_unchanged,  # type: ignore[arg-type]
         pin_memory=pin,
         timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
     )

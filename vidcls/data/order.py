@@ -1,8 +1,8 @@
 """Which sample stands where: pure integers, the same for every rank count and worker count.
 
-The stream of samples is a function of (seed, epoch, position). Epochs are concatenated, so there is no partial batch and
-every rank runs the same number of steps. Optimizer step s consumes stream positions [s*G, (s+1)*G), G the global batch;
-rank r takes the r-th contiguous G/W of them. Going on after a stop therefore needs one integer, the next step.
+The stream of samples is a function of (seed, epoch, position). Epochs are concatenated, so there is no partial batch
+and every rank runs the same number of steps. Optimizer step s consumes stream positions [s*G, (s+1)*G), G the global
+batch; rank r takes the r-th contiguous G/W of them. Going on after a stop therefore needs one integer, the next step.
 """
 
 from __future__ import annotations

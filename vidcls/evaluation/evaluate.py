@@ -35,7 +35,7 @@ class Prediction:
 def predict_batches(
     model: torch.nn.Module, batches: Iterable[Batch], done: Callable[[int], None] | None = None
 ) -> list[Prediction]:
-    """Class probabilities of every counted row (weight above 0), in batch order. `done` is told of each batch's clips."""
+    """Class probabilities of every counted row (weight above 0), in batch order; `done` hears of each batch's clips."""
     predictions = []
     device = distributed.device()
     with torch.inference_mode():

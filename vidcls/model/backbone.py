@@ -185,7 +185,7 @@ def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
     config.inference_mode = True
     # Which class the parameter names belong to: PEFT loads an adapter onto another one without a word.
     config.auto_mapping = {"base_model_class": "Qwen2_5_VLModel", "parent_library": "transformers"}
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:

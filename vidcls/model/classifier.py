@@ -43,6 +43,8 @@ class ActionClassifier(nn.Module):
     Submodules are only ever called, never read, so the module runs with partitioned parameters (ZeRO-3).
     """
 
+    backbone: Any
+
     def __init__(
         self,
         backbone: nn.Module,

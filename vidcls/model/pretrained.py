@@ -84,16 +84,16 @@ def build_model(
     backbone = load_backbone(spec.model_name_or_path, dtype=spec.dtype, attn_implementation=ATTENTION[spec.flash_attn])
     tokenizer, action_token_id = load_tokenizer(spec.model_name_or_path)
     token = ActionToken(action_token_init(backbone, tokenizer))
-    hidden_size = backbone.config.text_config.hidden_size
+    text: Any = backbone.config.text_config
     geometry = VisionGeometry.from_config(backbone.config)
     encoder = build_encoder(spec, geometry, backbone.config.video_token_id)
     adapted = add_lora(backbone, LoraSettings(spec.lora_rank, spec.lora_alpha, spec.lora_dropout), seed=seed)
+    head = ActionDecoder(text.hidden_size, num_classes, decoder_type, mlp_hidden_size, seed=seed)
+    model = ActionClassifier(adapted, head, token, action_token_id=action_token_id, geometry=geometry)
     if gradient_checkpointing:
         # On the language model only: on the whole model it would hook the frozen vision tower too. Not reentrant,
         # because the reentrant form drops every LoRA gradient when the inputs need none.
-        adapted.get_base_model().language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    head = ActionDecoder(hidden_size, num_classes, decoder_type, mlp_hidden_size, seed=seed)
-    model = ActionClassifier(adapted, head, token, action_token_id=action_token_id, geometry=geometry)
+        model.inner.language_model.activation_checkpointing_enable({"use_reentrant": False})
     return model, encoder
 
 

@@ -233,7 +233,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def find_latest(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why newer ones were passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for folder in reversed(list_checkpoints(output_dir)):
         try:
             verify(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -68,6 +69,7 @@ def setup(config: Config) -> Run:
         raise ConfigError(
             f"num_action_classes: {classes}, but the shards in {config.data.dataset!r} have {len(index.labels)} classes"
         )
+    _check_attention(config.model.flash_attn)
     spec = _model_spec(config)
     backbone_config = load_config(spec.model_name_or_path)
     encoder = build_encoder(spec, VisionGeometry.from_config(backbone_config), backbone_config.video_token_id)
@@ -172,6 +174,16 @@ def save_checkpoint(run: Run, engine: deepspeed.DeepSpeedEngine, step: int) -> P
                 raise
             checkpoint.remove_old(run.output_dir, run.config.run.save_total_limit)
     return target
+
+
+def _check_attention(flash_attn: str) -> None:
+    if flash_attn != "fa2":
+        return
+    if distributed.accelerator_name() == "cpu" or importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            f"flash_attn: 'fa2' needs the package flash-attn and a GPU (here: {distributed.accelerator_name()}); "
+            "use auto or sdpa"
+        )
 
 
 def _model_spec(config: Config) -> ModelSpec:

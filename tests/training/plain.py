@@ -1,0 +1,109 @@
+"""Training as the textbook has it: one process, plain PyTorch, nothing of vidcls.training.
+
+It shares with vidcls what it does not prove: how clips are read and what the model computes. What it spells out by
+itself: which clips make a step, which parameters decay, the learning rate, clipping, Adam, and master weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import get_scheduler
+
+from vidcls.data.loader import ClipBatches, Request
+from vidcls.data.order import SampleOrder
+from vidcls.data.shards import ShardIndex
+from vidcls.model.classifier import ActionClassifier
+from vidcls.model.pretrained import ModelSpec, build_model
+
+
+@dataclass(frozen=True)
+class PlainResult:
+    """One loss and gradient norm (before clipping) a step; weights and moments by parameter name, fp32."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # keys as in a checkpoint: "kind/name"
+    initial: dict[str, torch.Tensor] = field(default_factory=dict)  # by name
+
+
+def train_plainly(recipe: dict[str, Any], spec: ModelSpec, *, forward_size: int) -> PlainResult:
+    """Train the tiny model by `recipe` (keys as in a recipe file, all that are read must be there).
+
+    Args:
+        forward_size: clips per forward. In bf16 it should be that of the run compared with, because a gradient's
+            rounding depends on it.
+    """
+    index = ShardIndex.open(recipe["dataset"])
+    torch.manual_seed(0)
+    model, encoder = build_model(
+        spec, num_classes=len(index.labels), decoder_type="linear", mlp_hidden_size=None, seed=recipe["seed"]
+    )
+    model.train()
+    clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
+    order = SampleOrder(len(index), recipe["seed"])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # bf16 weights are too coarse to add small updates to: Adam works on fp32 copies, the model gets them rounded.
+    masters = {name: p.detach().float().clone().requires_grad_() for name, p in trained.items()}
+    result = PlainResult(initial={name: master.detach().clone() for name, master in masters.items()})
+    optimizer = _adam(masters, recipe)
+    scheduler = get_scheduler(
+        recipe["lr_scheduler_type"], optimizer, num_warmup_steps=recipe["warmup_steps"],
+        num_training_steps=recipe["max_steps"],
+    )  # fmt: skip
+    size = recipe["train_batch_size"]
+    for step in range(recipe["max_steps"]):
+        samples = [order.at(position)[1] for position in range(step * size, (step + 1) * size)]
+        optimizer.zero_grad()
+        result.losses.append(_add_gradients(model, clips, samples, forward_size, trained, masters))
+        norm = torch.nn.utils.clip_grad_norm_(masters.values(), recipe["max_grad_norm"])
+        result.grad_norms.append(norm.item())
+        optimizer.step()
+        scheduler.step()
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(masters[name])
+    for name, master in masters.items():
+        result.tensors[f"weight/{name}"] = master.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            result.tensors[f"{moment}/{name}"] = optimizer.state[master][moment]
+    return result
+
+
+def _adam(masters: dict[str, torch.Tensor], recipe: dict[str, Any]) -> torch.optim.AdamW:
+    rate, decay = recipe["learning_rate"], recipe["weight_decay"]
+    lora = [master for name, master in masters.items() if ".lora_A." in name or ".lora_B." in name]
+    groups = [
+        {"params": [*lora, masters["head.layers.weight"]], "lr": rate, "weight_decay": decay},
+        {"params": [masters["head.layers.bias"]], "lr": rate, "weight_decay": 0.0},
+        {"params": [masters["action_token.weight"]], "lr": rate * recipe["action_token_lr_scale"], "weight_decay": 0.0},
+    ]
+    assert sum(len(group["params"]) for group in groups) == len(masters)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
+
+
+def _add_gradients(
+    model: ActionClassifier,
+    clips: ClipBatches,
+    samples: list[int],
+    forward_size: int,
+    trained: dict[str, torch.nn.Parameter],
+    masters: dict[str, torch.Tensor],
+) -> float:
+    """Put the gradient of the mean loss over `samples` into the masters; returns that loss."""
+    losses = []
+    for name in masters:
+        masters[name].grad = torch.zeros_like(masters[name])
+    for first in range(0, len(samples), forward_size):
+        batch = clips[Request(tuple(samples[first : first + forward_size]))]
+        loss = F.cross_entropy(model(**batch.model_inputs()), batch.labels_B)
+        share = len(batch) / len(samples)
+        (loss * share).backward()
+        losses.append(loss.item() * share)
+        for name, parameter in trained.items():
+            masters[name].grad += parameter.grad.float()
+            parameter.grad = None
+    return sum(losses)

@@ -28,20 +28,22 @@ def main() -> None:
     from vidcls import distributed
     from vidcls.evaluation.command import evaluate_checkpoint
 
-    with user_errors():
-        distributed.check_hostfile()
-        if arguments.batch_size < 1 or arguments.workers < 0:
-            raise ValueError(f"--batch-size {arguments.batch_size} --workers {arguments.workers}: legal: >= 1, >= 0")
-        distributed.start(arguments.timeout)
-        evaluate_checkpoint(
-            arguments.checkpoint,
-            arguments.data,
-            arguments.out or arguments.checkpoint / "evaluation",
-            micro=arguments.batch_size,
-            workers=arguments.workers,
-            base=arguments.model,
-        )
-    distributed.stop()
+    try:
+        with user_errors():
+            distributed.check_hostfile()
+            if arguments.batch_size < 1 or arguments.workers < 0:
+                raise ValueError(f"--batch-size {arguments.batch_size} --workers {arguments.workers}: legal: >= 1, >= 0")
+            distributed.start(arguments.timeout)
+            evaluate_checkpoint(
+                arguments.checkpoint,
+                arguments.data,
+                arguments.out or arguments.checkpoint / "evaluation",
+                micro=arguments.batch_size,
+                workers=arguments.workers,
+                base=arguments.model,
+            )
+    finally:
+        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 run=${VIDCLS_QUICKSTART_DIR:-runs/quickstart}
 say() { printf '\n== %s\n' "$*"; }
 # The launcher starts one rank per GPU, or two on a machine without any.
-gpus=$(python -c 'from deepspeed.accelerator import get_accelerator as a; print(0 if a().device_name() == "cpu" else a().device_count())' 2>/dev/null)
+gpus=$(python -c 'from deepspeed.accelerator import get_accelerator as a; print(0 if a().device_name() == "cpu" else a().device_count())' 2>/dev/null | tail -n 1)
 ranks=$((gpus > 0 ? gpus : 2))
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-launch() { deepspeed --num_gpus "$ranks" --master_port "$port" "$@" 2> >(grep --line-buffered -vE '\[(INFO|WARNING)\]|FutureWarning|warnings.warn|return func' >&2); }
+[ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu # not looked for, and not warned about, by every process again
+launch() {
+  local port
+  port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  deepspeed --quiet --num_gpus "$ranks" --master_port "$port" "$@"
+}
 
 rm -rf "$run"
 mkdir -p "$run"

@@ -27,10 +27,10 @@ def main() -> None:
     from vidcls import distributed
     from vidcls.training.loop import setup, train
 
-    with user_errors():
-        distributed.check_hostfile()
-        run = setup(config)
     try:
+        with user_errors():
+            distributed.check_hostfile()
+            run = setup(config)
         train(run)
     finally:
         distributed.stop()

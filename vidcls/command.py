@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 USER_ERROR_EXIT = 2
 
-# What torch, peft and transformers tell each other about names they will drop; nothing a user can act on, on every rank.
+# torch, peft and transformers tell each other of names they will drop: on every rank, and no user can act on it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\b")
 
 

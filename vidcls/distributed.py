@@ -84,6 +84,7 @@ def start(timeout_seconds: int) -> None:
     # DeepSpeed passes its timeout to the default group only; the groups ZeRO makes later take torch's default.
     c10d.default_pg_timeout = timeout
     c10d.default_pg_nccl_timeout = timeout
+    _keep_ops_in_environment()
     _remove_stale_build_locks()
     _unlink_shm_buffer(rank_from_environment())
     _watch_launcher()
@@ -215,6 +216,15 @@ def _watch_launcher() -> None:
                     os._exit(1)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
+
+
+def _keep_ops_in_environment() -> None:
+    """Cache DeepSpeed's compiled ops inside the virtual environment, unless TORCH_EXTENSIONS_DIR names a place.
+
+    torch's default, ~/.cache, is shared by all environments, and each compiles again what another one compiled last.
+    """
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 def _remove_stale_build_locks() -> None:

@@ -57,7 +57,8 @@ class Predictor:
             DecodeError: the file cannot be decoded; gives the reason.
         """
         clip = decode_clip(video, self.settings.frames)
-        frames = resize_frames(clip.frames, target_size(clip.frames.shape[1], clip.frames.shape[2], self.settings.short_side))
+        height, width = clip.frames.shape[1:3]
+        frames = resize_frames(clip.frames, target_size(height, width, self.settings.short_side))
         # Through JPEG as in the shards: the model never saw frames without its traces.
         frames = decode_jpegs(encode_jpegs(frames, self.settings.quality))
         prepared = prepare_clip(

@@ -6,8 +6,10 @@ Writes a random Qwen2.5-VL-3B checkpoint (7.5 GB; removed afterwards without --k
 (16 frames of 112x112), and starts launch/train.py through the deepspeed launcher: one rank, 2 clips a step, LoRA of
 rank 16, one loader worker, ZeRO stage 2 or 3. Prints a table and writes it beside a JSON file in benchmarks/results/.
 
-Memory is that of the rank and its children, read twice a second from /proc/PID/smaps_rollup as PSS (pages that several
-processes map are counted once), and the rank's VmHWM, the kernel's own peak of its resident set, which misses nothing.
+Times mean something on an otherwise idle machine only: the load average is written beside them. Memory is that of the
+rank and its children, read twice a second from /proc/PID/smaps_rollup as PSS (pages that several processes map are
+counted once), and the rank's VmHWM, the kernel's own peak of its resident set, which misses nothing. Both count the
+checkpoint's pages, which are mapped from its files and which the kernel can drop and read again.
 Exit codes: 0 done, 1 the run failed or needed more than --limit-gb, 2 wrong options.
 """
 
@@ -71,6 +73,7 @@ class Result:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: {n: importlib.metadata.version(n) for n in VERSIONED})
+    load_average: float = field(default_factory=lambda: round(os.getloadavg()[0], 2))
     machine: str = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
@@ -86,7 +89,7 @@ def make_inputs(work: Path) -> None:
 
 
 def train(work: Path, *, steps: int, stage: int) -> Result:
-    """Start the launcher on the inputs in `work` and watch its memory until it ends; output goes to `work`/train.log."""
+    """Start the launcher on the inputs in `work` and watch its memory until it ends; its output is in train.log."""
     output = work / "run"
     shutil.rmtree(output, ignore_errors=True)
     options = {
@@ -152,6 +155,7 @@ def table(result: Result, limit_gb: float) -> str:
         "gradient norm by step": ", ".join(f"{norm:.3g}" for norm in result.grad_norms),
         "versions": ", ".join(f"{name} {version}" for name, version in result.versions.items()),
         "machine": result.machine,
+        "load average, 1 minute (of it the run about 2)": f"{result.load_average}",
     }
     title = f"ZeRO-{result.stage}, 1 rank, {CLIPS_PER_STEP} clips of {FRAMES} frames at {SIZE}x{SIZE} a step"
     return "\n".join([f"| {title} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
@@ -161,13 +165,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps, at least 2 (default: 4)")
     parser.add_argument("--stage", type=int, choices=(2, 3), default=2, help="ZeRO stage (default: 2)")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="work in DIR, use what it holds, and leave it")
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="work in DIR/train_3b, use the checkpoint it holds, and leave it"
+    )
     parser.add_argument("--limit-gb", type=float, default=13.0, help="fail above this peak (default: 13)")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error(f"--steps: {args.steps}; legal: >= 2")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that ranks end and files go
-    work = args.keep.resolve() if args.keep else ROOT / "runs" / "train_3b"
+    work = (args.keep.resolve() if args.keep else ROOT / "runs") / "train_3b"
     work.mkdir(parents=True, exist_ok=True)
     try:
         make_inputs(work)

@@ -32,7 +32,9 @@ def main() -> None:
         with user_errors():
             distributed.check_hostfile()
             if arguments.batch_size < 1 or arguments.workers < 0:
-                raise ValueError(f"--batch-size {arguments.batch_size} --workers {arguments.workers}: legal: >= 1, >= 0")
+                raise ValueError(
+                    f"--batch-size {arguments.batch_size} --workers {arguments.workers}: legal: >= 1, >= 0"
+                )
             distributed.start(arguments.timeout)
             evaluate_checkpoint(
                 arguments.checkpoint,

@@ -1,4 +1,4 @@
-"""Write a Qwen2.5-VL checkpoint of the published shape with random weights, for tests and benchmarks without a download.
+"""Write a Qwen2.5-VL checkpoint of a published shape with random weights, for tests and benchmarks, no download.
 
     python tools/make_random_checkpoint.py --shape 3b --out models/random-3b
     python tools/make_random_checkpoint.py --shape 3b --out models/random-3b --tokenizer models/Qwen2.5-VL-3B-Instruct

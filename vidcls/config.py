@@ -102,7 +102,7 @@ class OptimOptions(Section):
 
 class RunOptions(Section):
     output_dir: str = Field(description="everything the run writes goes here")
-    overwrite_output_dir: bool = Field(False, description="empty a used output_dir instead of refusing it")
+    overwrite_output_dir: bool = Field(False, description="delete an earlier run in output_dir instead of refusing it")
     resume_from_checkpoint: str | None = Field(
         None, description="a checkpoint folder, or 'latest' in output_dir (fresh start if it has none)"
     )
@@ -281,7 +281,7 @@ def check_output_dir(run: RunOptions) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (run.overwrite_output_dir or run.resume_from_checkpoint):
         raise ConfigError(
             f"output_dir: {run.output_dir!r} is not empty; give another folder, resume_from_checkpoint=latest to go "
-            "on, or overwrite_output_dir=true to delete what is in it"
+            "on, or overwrite_output_dir=true to delete the run in it"
         )
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from vidcls.ops import load_op
+
 SHM_FOLDER = Path("/dev/shm")
-STALE_BUILD_SECONDS = 1200  # compiling an op takes 90 s, 4 minutes on a busy machine
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
@@ -84,8 +85,8 @@ def start(timeout_seconds: int) -> None:
     # DeepSpeed passes its timeout to the default group only; the groups ZeRO makes later take torch's default.
     c10d.default_pg_timeout = timeout
     c10d.default_pg_nccl_timeout = timeout
-    _keep_ops_in_environment()
-    _remove_stale_build_locks()
+    if accelerator_name() == "cpu":
+        _load_shared_memory_op()
     _unlink_shm_buffer(rank_from_environment())
     _watch_launcher()
     deepspeed.init_distributed(timeout=timeout, verbose=False)
@@ -120,7 +121,7 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """The device this rank computes on."""
+    """The device this rank computes on. Needs no process group."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
@@ -190,6 +191,16 @@ def _become_single_process() -> None:
     )
 
 
+def _load_shared_memory_op() -> None:
+    """Load what init_distributed would load on CPU, or tell it to do without where it cannot be compiled."""
+    import deepspeed
+
+    try:
+        load_op("ShareMemCommBuilder")
+    except Exception:  # whatever a compiler run raises; only single-host inference collectives use this op
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def _unlink_shm_buffer(of_rank: int) -> None:
     """Remove this rank's DeepSpeed buffer: of a dead run with the same address and port, or our own once mapped."""
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -216,23 +227,3 @@ def _watch_launcher() -> None:
                     os._exit(1)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
-
-
-def _keep_ops_in_environment() -> None:
-    """Cache DeepSpeed's compiled ops inside the virtual environment, unless TORCH_EXTENSIONS_DIR names a place.
-
-    torch's default, ~/.cache, is shared by all environments, and each compiles again what another one compiled last.
-    """
-    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-
-
-def _remove_stale_build_locks() -> None:
-    """torch waits for ever, silently, for the lock of an op build that was killed; remove locks that are too old."""
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = Path(root) if root else Path.home() / ".cache" / "torch_extensions"
-    for lock in folder.glob("**/lock"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - lock.stat().st_mtime > STALE_BUILD_SECONDS:
-                print(f"vidcls: removing the lock of an op build that never finished: {lock}", file=sys.stderr)
-                lock.unlink()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from vidcls import distributed
 from vidcls.data.decode import DecodeSettings, decode_clip, decode_jpegs, encode_jpegs, resize_frames, target_size
 from vidcls.data.labels import LabelSpace
 from vidcls.data.loader import collate, prepare_clip
@@ -42,13 +43,11 @@ class Predictor:
         Raises:
             ValueError: a file is missing or damaged; names it.
         """
-        from deepspeed.accelerator import get_accelerator
-
         folder = Path(checkpoint)
         model, encoder, spec = load_model(folder, model_name_or_path=base)
         labels = LabelSpace.load(folder / LABELS_NAME)
         settings = DecodeSettings.from_dict(json.loads((folder / PREPROCESSING_NAME).read_text(encoding="utf-8")))
-        return cls(model.to(get_accelerator().current_device_name()), encoder, spec, labels, settings)
+        return cls(model.to(distributed.device()), encoder, spec, labels, settings)
 
     def predict(self, video: str | Path) -> list[tuple[str, float]]:
         """(class name, probability) of every class, the most probable first.

@@ -90,12 +90,11 @@ class Tolerance:
     moment: float
 
 
-# Measured: 6e-7, 3e-6, 3e-4, 3e-5. Adam's first steps have a size of their own however small the gradient, so where
-# it is next to nothing its rounding decides: the worst weight is one such matrix, the others agree to 1e-5. FusedAdam
-# takes 1 - 0.999 in float32, torch in float64: 1.3e-5 of every second moment.
-FP32 = Tolerance(loss=5e-6, grad_norm=2.5e-5, weight=2e-3, moment=2e-4)
-# Measured: 6e-4, 2e-3, 5e-2, 3e-2. One bf16 rounding is up to 4e-3, and roundings that fall otherwise feed back.
-BF16 = Tolerance(loss=2e-3, grad_norm=1e-2, weight=1.5e-1, moment=1e-1)
+# Measured: 7e-7, 3e-6, 1e-4, 2.2e-5. FusedAdam takes 1 - 0.999 in float32, torch in float64: 1.3e-5 of every second
+# moment. Adam's first steps are as large for a gradient that is next to nothing, whose rounding then shows in a weight.
+FP32 = Tolerance(loss=7e-6, grad_norm=3e-5, weight=1e-3, moment=2e-4)
+# Measured: 6e-4, 4e-3, 6e-2, 4e-2. One bf16 rounding is up to 4e-3, and roundings that fall otherwise feed back.
+BF16 = Tolerance(loss=2e-3, grad_norm=1.2e-2, weight=1.5e-1, moment=1.2e-1)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import deepspeed
 import torch
@@ -17,6 +17,8 @@ from vidcls.config import BatchPlan, Config
 from vidcls.data.loader import Batch
 from vidcls.model.losses import cross_entropy_sum
 from vidcls.training.optimizer import build_adam, parameter_groups, set_learning_rate
+
+Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
 
 def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
     return merged
 
 
-def build_engine(config: Config, model: nn.Module, plan: BatchPlan) -> deepspeed.DeepSpeedEngine:
+def build_engine(config: Config, model: nn.Module, plan: BatchPlan) -> Engine:
     """Wrap the whole classifier in one engine. All ranks must call it.
 
     Backbone adapters, <ACTION> and head are one module, so that ZeRO partitions, reduces and clips them together.
@@ -52,7 +54,7 @@ class StepResult:
 
 
 def train_step(
-    engine: deepspeed.DeepSpeedEngine,
+    engine: Engine,
     batches: Iterator[Batch],
     *,
     accumulation: int,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 
 from vidcls import distributed
@@ -25,9 +24,9 @@ from vidcls.model.pretrained import ModelSpec, build_encoder, build_model, save_
 from vidcls.model.prompt import PromptEncoder
 from vidcls.training import checkpoint
 from vidcls.training.checkpoint import RunState
-from vidcls.training.engine import build_engine, train_step
+from vidcls.training.engine import Engine, build_engine, train_step
 from vidcls.training.optimizer import learning_rate
-from vidcls.training.telemetry import RunLog, StepClock, TimedIterator, plot_loss
+from vidcls.training.telemetry import BOARD_NAME, LOG_NAME, PLOT_NAME, RunLog, StepClock, TimedIterator, plot_loss
 
 CONFIG_NAME = "config.yaml"
 LABELS_NAME = "label_map.json"
@@ -143,7 +142,7 @@ def train(run: Run) -> Path:
     return last
 
 
-def save_checkpoint(run: Run, engine: deepspeed.DeepSpeedEngine, step: int) -> Path:
+def save_checkpoint(run: Run, engine: Engine, step: int) -> Path:
     """Write checkpoint-`step`, then delete those beyond save_total_limit. All ranks must call it.
 
     Raises:
@@ -227,7 +226,7 @@ def _checkpoint_to_resume(config: Config) -> Path | None:
     return distributed.gather_objects(chosen)[0]
 
 
-def _build(run: Run) -> deepspeed.DeepSpeedEngine:
+def _build(run: Run) -> Engine:
     model_options = run.config.model
     model, _ = build_model(
         run.spec,
@@ -253,7 +252,7 @@ def _open_log(run: Run, model: ActionClassifier) -> RunLog | None:
         return None
     folder = run.output_dir
     if run.config.run.overwrite_output_dir and run.resume is None and folder.exists():
-        shutil.rmtree(folder)
+        _remove_outputs(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(run.config.dump(), encoding="utf-8")
     board = run.config.run.report_to == "tensorboard"
@@ -261,6 +260,16 @@ def _open_log(run: Run, model: ActionClassifier) -> RunLog | None:
     for line in _summary(run, model):
         log.message(line)
     return log
+
+
+def _remove_outputs(folder: Path) -> None:
+    """Delete what an earlier run wrote, and nothing else that a user keeps in the folder."""
+    for pattern in (CONFIG_NAME, LOG_NAME, PLOT_NAME, BOARD_NAME, "checkpoint-*", "checkpoint.tmp-*"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _summary(run: Run, model: ActionClassifier) -> list[str]:

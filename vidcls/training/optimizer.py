@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vidcls import distributed
 from vidcls.config import OptimOptions
-
-logger = logging.getLogger(__name__)
+from vidcls.ops import load_op
 
 
 def parameter_groups(model: nn.Module, optim: OptimOptions) -> list[dict[str, Any]]:
@@ -66,14 +65,15 @@ def build_adam(groups: list[dict[str, Any]], optim: OptimOptions) -> torch.optim
 
     settings: dict[str, Any] = {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_epsilon}
     try:
+        load_op("FusedAdamBuilder")
         return FusedAdam(groups, adam_w_mode=True, **settings)
-    except Exception as error:  # the op builder raises whatever its compiler run raised
-        reason = str(error).strip().splitlines()
-        logger.warning(
-            "DeepSpeed's FusedAdam cannot be built here (%s: %s); using torch's fused AdamW, which computes the same",
-            type(error).__name__,
-            reason[0] if reason else "no reason given",
-        )
+    except Exception as error:  # whatever a compiler run raises
+        if distributed.is_main():
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:80]
+            print(
+                f"vidcls: DeepSpeed's FusedAdam cannot be compiled ({reason} ...); using torch's fused AdamW",
+                flush=True,
+            )
         return torch.optim.AdamW(groups, fused=True, **settings)
 
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 LOG_NAME = "train_log.jsonl"
 PLOT_NAME = "training_loss.png"
+BOARD_NAME = "tensorboard"
 
 
 class StepClock:
@@ -66,7 +67,7 @@ class RunLog:
         self._file = self.path.open("w", encoding="utf-8")
         for row in kept:
             self._write(row)
-        self._board = _summary_writer(output_dir / "tensorboard", first_step) if tensorboard else None
+        self._board = _summary_writer(output_dir / BOARD_NAME, first_step) if tensorboard else None
         self._progress = _progress_bar(first_step, total_steps)
         self._total = total_steps
 
@@ -145,7 +146,7 @@ def plot_loss(output_dir: Path) -> Path | None:
     return path
 
 
-def smoothed(values: list[float], weight: float = 0.8) -> list[float]:
+def smoothed(values: list[float], weight: float = 0.6) -> list[float]:
     """Exponential moving average with bias correction (as Adam's), so that the start is not pulled to zero."""
     average, correction, result = 0.0, 0.0, []
     for value in values:

@@ -20,7 +20,7 @@ SOURCES = {
 }
 # Each part may import those of the rows above it and itself; parts of one row never import each other.
 ROWS = (
-    ("vidcls.config",),
+    ("vidcls.config", "vidcls.ops"),
     ("vidcls.distributed", "vidcls.command"),
     ("vidcls.data", "vidcls.model"),
     ("vidcls.training",),
@@ -28,8 +28,14 @@ ROWS = (
     ("vidcls.export", "vidcls.predict"),
     ("launch", "tools", "benchmarks"),
 )
-# DeepSpeed lives where processes, engine and checkpoints are made, and the optimizer's op comes from it.
-DEEPSPEED = {"vidcls.distributed", "vidcls.training.engine", "vidcls.training.checkpoint", "vidcls.training.optimizer"}
+# DeepSpeed is known where processes, engine and checkpoints are made, and where its compiled ops are used.
+DEEPSPEED = {
+    "vidcls.ops",
+    "vidcls.distributed",
+    "vidcls.training.optimizer",
+    "vidcls.training.engine",
+    "vidcls.training.checkpoint",
+}
 PEFT = {"vidcls.model.backbone", "vidcls.export"}
 HEAVY = ("torch", "numpy", "transformers", "deepspeed", "peft", "av", "decord", "PIL")
 

@@ -94,7 +94,7 @@ def test_truncated_file_gives_its_beginning_and_says_so(tmp_path: Path, suffix: 
     assert clip.frames.shape == (8, 64, 64, 3)
     assert clip.times[-1] < 5 * share
     assert (clip.damage is not None) == (share < 1)
-    assert clip.damage is None or clip.damage.startswith("the file ends after")
+    assert clip.damage is None or clip.damage.startswith(("the file ends after", "decoding stops after"))
 
 
 def test_file_without_frames_is_an_error_with_path_and_reason(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ setup(
     description="Video action classification with Qwen2.5-VL and DeepSpeed",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["vidcls", "vidcls.*"]),
     install_requires=[
         "torch>=2.9",

@@ -10,9 +10,14 @@ videos=${1:+$(realpath -- "$1")}
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 run=${VIDCLS_QUICKSTART_DIR:-runs/quickstart}
-say() { printf '\n== %s\n' "$*"; }
+step="the start"
+say() { step=$1; printf '\n== %s\n' "$*"; }
+trap 'echo "error: quickstart stopped in: $step" >&2' ERR
+case $videos/ in
+  "$(realpath -m -- "$run")"/*) echo "error: $videos is inside $run, which is made anew; move it elsewhere" >&2; exit 2 ;;
+esac
 # The launcher starts one rank per GPU, or two on a machine without any.
-gpus=$(python -c 'from deepspeed.accelerator import get_accelerator as a; print(0 if a().device_name() == "cpu" else a().device_count())' 2>/dev/null | tail -n 1)
+gpus=$(python -c 'from deepspeed.accelerator import get_accelerator as a; print(0 if a().device_name() == "cpu" else a().device_count())' | tail -n 1)
 ranks=$((gpus > 0 ? gpus : 2))
 [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu # not looked for, and not warned about, by every process again
 launch() {
@@ -21,8 +26,8 @@ launch() {
   deepspeed --quiet --num_gpus "$ranks" --master_port "$port" "$@"
 }
 
-rm -rf "$run"
 mkdir -p "$run"
+rm -rf "$run/videos" "$run/shards" "$run/train" "$run/evaluation"
 if [ -z "$videos" ]; then
   videos=$run/videos
   say "1/5 making 400 small videos (left, right, up, down) in $videos"
@@ -33,7 +38,10 @@ fi
 
 say "2/5 decoding the videos into shards, once"
 for split in train test; do
-  python tools/make_shards.py folder --videos "$videos" --split $split --out "$run/shards/$split" --frames 8 --short-side 112
+  code=0
+  python tools/make_shards.py folder --videos "$videos" --split $split --out "$run/shards/$split" --frames 8 --short-side 112 || code=$?
+  # 3: some clips cannot be decoded; they are listed, and the others are there
+  [ $code = 0 ] || [ $code = 3 ] || exit $code
 done
 
 say "3/5 training on $ranks ranks (the first time, DeepSpeed compiles its optimizer: one to four minutes)"
@@ -50,7 +58,7 @@ from vidcls.data.shards import ShardIndex, ShardReader
 print(f"{sys.argv[2]}/{ShardReader(ShardIndex.open(sys.argv[1])).read(0).source}")
 PYTHON
 )
-python launch/predict.py "$checkpoint" "$clip" 2>/dev/null
+python launch/predict.py "$checkpoint" "$clip"
 
 say "done; look at"
 cat <<TEXT

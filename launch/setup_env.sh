@@ -7,8 +7,8 @@ PYTHON=${PYTHON:-python3}
 fingerprint() { cat setup.py constraints.txt | sha256sum | cut -d' ' -f1; }
 
 if [ "$(cat "$VIDCLS_VENV/.vidcls-installed" 2>/dev/null)" != "$(fingerprint)$PWD" ]; then
-  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-    || { echo "error: $PYTHON is older than Python 3.10; set PYTHON to a newer one" >&2; exit 1; }
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+    || { echo "error: $PYTHON is older than Python 3.11; set PYTHON to a newer one" >&2; exit 1; }
   echo "== installing into $VIDCLS_VENV (once, a few minutes)"
   "$PYTHON" -m venv "$VIDCLS_VENV"
   pip() { "$VIDCLS_VENV/bin/python" -m pip --disable-pip-version-check "$@"; }

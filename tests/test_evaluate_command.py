@@ -17,7 +17,7 @@ from vidcls.config import DEFAULT_PROMPT
 from vidcls.data.labels import LabelSpace
 from vidcls.data.loader import ClipBatches, Request
 from vidcls.data.shards import ShardIndex
-from vidcls.model.pretrained import ModelSpec, build_model, load_model, save_model
+from vidcls.model.pretrained import ModelSpec, build_encoder, build_model, load_model, save_model
 from vidcls.training.loop import LABELS_NAME, PREPROCESSING_NAME
 
 pytestmark = pytest.mark.launch
@@ -44,8 +44,9 @@ def checkpoint(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         cutoff_len=512,
     )
     index = ShardIndex.open(small_shards)
-    model, encoder = build_model(
-        spec, num_classes=len(index.labels), decoder_type="linear", mlp_hidden_size=None, seed=0
+    encoder = build_encoder(spec)
+    model = build_model(
+        spec, encoder, num_classes=len(index.labels), decoder_type="linear", mlp_hidden_size=None, seed=0
     )
     generator = torch.Generator().manual_seed(0)
     weights = {

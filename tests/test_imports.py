@@ -20,7 +20,7 @@ SOURCES = {
 }
 # Each part may import those of the rows above it and itself; parts of one row never import each other.
 ROWS = (
-    ("vidcls.config", "vidcls.ops"),
+    ("vidcls.config", "vidcls.manifest", "vidcls.ops"),
     ("vidcls.distributed", "vidcls.command"),
     ("vidcls.data", "vidcls.model"),
     ("vidcls.training",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -83,22 +84,43 @@ def test_tensorboard_reads_the_events(finished_run: Path) -> None:
 
 
 @pytest.mark.launch
-def test_plain_peft_and_transformers_load_the_checkpoint(finished_run: Path) -> None:
+def test_plain_peft_and_transformers_load_the_checkpoint(finished_run: Path, tmp_path: Path) -> None:
+    import torch
     from peft import PeftModel
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer
 
+    from vidcls.model.pretrained import load_model
     from vidcls.model.tiny import tiny_backbone
 
     checkpoint = finished_run / "checkpoint-6"
-    model = PeftModel.from_pretrained(tiny_backbone(), str(checkpoint))
-    stored = load_file(checkpoint / "adapter_model.safetensors")
-    loaded = {name.replace(".default.", "."): p for name, p in model.named_parameters() if ".lora_" in name}
-    assert loaded.keys() == stored.keys()
-    assert all((loaded[name] == stored[name].float()).all() for name in stored)
-    assert any(stored[name].abs().max() > 0 for name in stored if "lora_B" in name)
+    tiny_backbone().save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    plain = PeftModel.from_pretrained(base, str(checkpoint), autocast_adapter_dtype=False).get_base_model()
+    ours = load_model(checkpoint)[0].inner
+    base_alone = AutoModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    embeds = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.inference_mode():
+        states = [m.language_model(inputs_embeds=embeds).last_hidden_state for m in (plain, ours, base_alone)]
+    assert torch.equal(states[0], states[1])
+    assert not torch.allclose(states[0].float(), states[2].float(), atol=0.01)  # the adapter does something
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert len(tokenizer("<ACTION>", add_special_tokens=False).input_ids) == 1
+
+
+@pytest.mark.launch
+def test_a_flipped_bit_is_not_evaluated(finished_run: Path, small_shards: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "checkpoint-6"
+    shutil.copytree(finished_run / "checkpoint-6", copy)
+    data = bytearray((copy / "action_decoder.safetensors").read_bytes())
+    data[-3] ^= 1
+    (copy / "action_decoder.safetensors").write_bytes(data)
+    words = [launch.PYTHON, "launch/evaluate.py", copy, "--data", small_shards, "--out", tmp_path / "out"]
+    done = launch.run(words, log=tmp_path / "log")
+    assert done.code == 2
+    assert "action_decoder.safetensors is damaged" in done.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.launch
@@ -180,6 +202,18 @@ def start_long_run(shards: Path, folder: Path) -> tuple[int, int, Path]:
     return process.pid, int(str(words[4])), folder / "log"
 
 
+def port_is_free(port: int, seconds: float) -> bool:
+    """Whether a listener can be opened; the kernel closes a dying process's sockets a moment after it is gone."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return True
+        time.sleep(0.2)
+    return False
+
+
 def is_rank(process: psutil.Process) -> bool:
     # The loader's workers are forks with the same command line; a rank's parent is the launcher.
     return "--local_rank=1" in process.cmdline() and "deepspeed.launcher.launch" in process.parent().cmdline()
@@ -197,14 +231,10 @@ def test_a_killed_run_leaves_no_process_port_or_buffer(small_shards: Path, tmp_p
         elif victim == "launcher":
             os.kill(session, signal.SIGKILL)
         else:
-            # Ctrl-C as the terminal sends it, to DeepSpeed's per-host launcher, which ends its ranks.
-            [launcher] = [p for p in launch.session_processes(session) if "deepspeed.launcher.launch" in p.cmdline()]
-            os.kill(launcher.pid, signal.SIGINT)
+            os.killpg(session, signal.SIGINT)  # Ctrl-C as a terminal sends it
         left = launch.wait_until_gone(session, 40)
         assert not left, f"{left}\n{log.read_text()[-2000:]}"
     finally:
         launch.end_session(session)
     assert not launch.shared_buffers()
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))
+    assert port_is_free(port, seconds=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,15 +24,17 @@ def command_arguments() -> list[str]:
 def user_errors() -> Iterator[None]:
     """Answer a user's mistake (ValueError, LaunchError) with its message alone, once, and exit code 2.
 
-    Every rank finds the same mistake; rank 0 speaks. VIDCLS_TRACEBACK=1 shows where it was found.
+    The first rank of each host speaks: all ranks find the same mistake, but a host may lack a file that others have.
+    VIDCLS_TRACEBACK=1 shows where it was found.
     """
     try:
         yield
     except Exception as error:
         if os.environ.get("VIDCLS_TRACEBACK") or not _is_users(error):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
+            host = f"{socket.gethostname()}: " if os.environ.get("CROSS_SIZE", "1") != "1" else ""
+            print(f"{host}error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_EXIT)
 
 

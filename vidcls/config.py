@@ -177,8 +177,9 @@ class Config(BaseModel):
         return {key: value for name in SECTIONS for key, value in getattr(self, name).model_dump().items()}
 
     def dump(self) -> str:
-        """The resolved recipe as YAML; loading it gives this configuration again."""
-        return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)
+        """The resolved recipe as YAML, which repeats the run: it neither resumes nor overwrites anything."""
+        fresh = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+        return yaml.safe_dump({**self.flat(), **fresh}, sort_keys=False, allow_unicode=True)
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,10 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> Confi
         key, separator, text = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"argument: {item!r} is not key=value")
-        values[key] = yaml.safe_load(text) if text else None
+        try:
+            values[key] = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {text!r} is not a YAML value: {str(error).splitlines()[0]}") from None
     return config_from_values(values)
 
 
@@ -278,7 +282,9 @@ def check_output_dir(run: RunOptions) -> None:
     folder = Path(run.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir: {run.output_dir!r} is a file, not a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (run.overwrite_output_dir or run.resume_from_checkpoint):
+    resumed = run.resume_from_checkpoint
+    goes_on = resumed is not None and (resumed == "latest" or Path(resumed).resolve().parent == folder.resolve())
+    if folder.is_dir() and any(folder.iterdir()) and not (run.overwrite_output_dir or goes_on):
         raise ConfigError(
             f"output_dir: {run.output_dir!r} is not empty; give another folder, resume_from_checkpoint=latest to go "
             "on, or overwrite_output_dir=true to delete the run in it"

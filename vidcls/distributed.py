@@ -22,6 +22,8 @@ import torch
 from vidcls.ops import load_op
 
 SHM_FOLDER = Path("/dev/shm")
+SHM_PREFIX = "deepspeed_allreduce_buffer"
+SHM_AGE = 60  # seconds; a younger one may belong to a rank that is about to map it
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
@@ -87,7 +89,7 @@ def start(timeout_seconds: int) -> None:
     c10d.default_pg_nccl_timeout = timeout
     if accelerator_name() == "cpu":
         _load_shared_memory_op()
-    _unlink_shm_buffer(rank_from_environment())
+    _unlink_dead_buffers()
     _watch_launcher()
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -99,7 +101,7 @@ def start(timeout_seconds: int) -> None:
     # DeepSpeed's CPU backend maps a 69 MB buffer per rank in /dev/shm while it starts and leaves the file behind when
     # a rank is killed. Once every rank has mapped them (the barrier) the names are not needed any more.
     barrier()
-    _unlink_shm_buffer(rank())
+    (SHM_FOLDER / _shm_name(rank())).unlink(missing_ok=True)
 
 
 def stop() -> None:
@@ -174,12 +176,14 @@ def all_or_none(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    reasons = gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    outcomes = gather_objects(None if failure is None else (isinstance(failure, ValueError), str(failure)))
     if failure is not None:
         raise failure
-    for index, reason in enumerate(reasons):
-        if reason is not None:
-            raise RuntimeError(f"{what} failed on rank {index}: {reason}")
+    for index, outcome in enumerate(outcomes):
+        if outcome is not None:
+            is_users, reason = outcome
+            # A user's mistake stays one on every rank, so that it is answered without a traceback.
+            raise (ValueError if is_users else RuntimeError)(f"{what} failed on rank {index}: {reason}")
 
 
 def _become_single_process() -> None:
@@ -201,11 +205,23 @@ def _load_shared_memory_op() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _unlink_shm_buffer(of_rank: int) -> None:
-    """Remove this rank's DeepSpeed buffer: of a dead run with the same address and port, or our own once mapped."""
+def _shm_name(of_rank: int) -> str:
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{of_rank}"
-    (SHM_FOLDER / name).unlink(missing_ok=True)
+    return f"{SHM_PREFIX}_{os.getuid()}_{address}_{port}_{of_rank}"
+
+
+def _unlink_dead_buffers() -> None:
+    """Remove this user's DeepSpeed buffers that no process has mapped any more: their rank was killed as it started."""
+    old = [p for p in SHM_FOLDER.glob(f"{SHM_PREFIX}_{os.getuid()}_*") if time.time() - p.stat().st_mtime > SHM_AGE]
+    if not old:
+        return
+    mapped: set[str] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            mapped.update(Path(region.path).name for region in process.memory_maps() if SHM_PREFIX in region.path)
+    for path in old:
+        if path.name not in mapped:
+            path.unlink(missing_ok=True)
 
 
 def _watch_launcher() -> None:

@@ -12,9 +12,8 @@ from vidcls.data.decode import DecodeSettings, decode_clip, decode_jpegs, encode
 from vidcls.data.labels import LabelSpace
 from vidcls.data.loader import collate, prepare_clip
 from vidcls.model.classifier import ActionClassifier
-from vidcls.model.pretrained import ModelSpec, load_model
+from vidcls.model.pretrained import LABELS_NAME, PREPROCESSING_NAME, ModelSpec, load_model
 from vidcls.model.prompt import PromptEncoder
-from vidcls.training.loop import LABELS_NAME, PREPROCESSING_NAME
 
 
 class Predictor:

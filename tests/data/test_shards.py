@@ -245,6 +245,8 @@ def test_index_of_200000_samples_opens_quickly(tmp_path: Path) -> None:
             "offset": [i % per_shard * size for i in range(samples)],
             "bytes": [size] * samples,
             "crc32": list(range(samples)),
+            "height": [128] * samples,
+            "width": [170] * samples,
         },
     }
     (tmp_path / "index.json").write_text(json.dumps(index))

@@ -17,7 +17,7 @@ from vidcls.data.loader import ClipBatches, Request
 from vidcls.data.order import SampleOrder
 from vidcls.data.shards import ShardIndex
 from vidcls.model.classifier import ActionClassifier
-from vidcls.model.pretrained import ModelSpec, build_model
+from vidcls.model.pretrained import ModelSpec, build_encoder, build_model
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ def train_plainly(recipe: dict[str, Any], spec: ModelSpec, *, forward_size: int)
     """
     index = ShardIndex.open(recipe["dataset"])
     torch.manual_seed(0)
-    model, encoder = build_model(
-        spec, num_classes=len(index.labels), decoder_type="linear", mlp_hidden_size=None, seed=recipe["seed"]
+    encoder = build_encoder(spec)
+    model = build_model(
+        spec, encoder, num_classes=len(index.labels), decoder_type="linear", mlp_hidden_size=None, seed=recipe["seed"]
     )
     model.train()
     clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from vidcls.manifest import MANIFEST_NAME, CheckpointError, verify
 from vidcls.training.checkpoint import (
-    MANIFEST_NAME,
     STATE_NAME,
     TENSORS_NAME,
-    CheckpointError,
     RunState,
     find_latest,
     list_checkpoints,
@@ -25,8 +24,8 @@ from vidcls.training.checkpoint import (
     read_state,
     read_tensors,
     remove_old,
+    set_aside_after,
     temporary_folder,
-    verify,
     write_state,
 )
 
@@ -64,6 +63,8 @@ def test_the_manifest_holds_every_file(tmp_path: Path) -> None:
 def test_a_checkpoint_replaces_one_of_the_same_step(tmp_path: Path) -> None:
     (write_checkpoint(tmp_path, 4) / "stale").write_text("x")
     write_checkpoint(tmp_path, 4)
+    remove_old(tmp_path, keep=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     assert not (tmp_path / "checkpoint-4" / "stale").exists()
 
 
@@ -131,6 +132,18 @@ def test_a_killed_writers_folder_never_counts(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == [older]
     remove_old(tmp_path, keep=None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_keeps_what_it_saves(tmp_path: Path) -> None:
+    for step in (4, 8, 12):
+        write_checkpoint(tmp_path, step)
+    flip_a_bit(tmp_path / "checkpoint-12")
+    assert [p.name for p in set_aside_after(tmp_path, 4)] == ["checkpoint-8", "checkpoint-12"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-4"]
+    newest = write_checkpoint(tmp_path, 6)
+    remove_old(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
+    assert find_latest(tmp_path) == (newest, [])
 
 
 def test_the_newest_are_kept_by_step_not_by_name(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers.optimization import get_polynomial_decay_schedule_with_warmup
 
 from vidcls.config import OptimOptions
 from vidcls.model.classifier import ActionClassifier
-from vidcls.model.pretrained import ModelSpec, build_model
+from vidcls.model.pretrained import ModelSpec, build_encoder, build_model
 from vidcls.training.optimizer import check_groups, learning_rate, parameter_groups, set_learning_rate
 
 
@@ -35,7 +35,7 @@ def model() -> ActionClassifier:
         video_max_pixels=3136,
         cutoff_len=64,
     )
-    return build_model(spec, num_classes=3, decoder_type="mlp", mlp_hidden_size=5, seed=0)[0]
+    return build_model(spec, build_encoder(spec), num_classes=3, decoder_type="mlp", mlp_hidden_size=5, seed=0)
 
 
 def names_of(model: nn.Module, group: dict[str, Any]) -> set[str]:

@@ -23,7 +23,7 @@ from tests.training.plain import PlainResult, train_plainly
 from vidcls.config import config_from_values
 from vidcls.data.loader import Request
 from vidcls.model.classifier import parameter_kind
-from vidcls.model.pretrained import build_model, read_spec
+from vidcls.model.pretrained import build_encoder, build_model, read_spec
 from vidcls.training import checkpoint
 from vidcls.training.engine import build_engine, train_step
 from vidcls.training.loop import setup
@@ -211,9 +211,8 @@ class Report:
 def watch_training(values: dict[str, Any]) -> Report:
     """Take three steps with a run's engine and compare every parameter, frozen ones too, with before."""
     run = setup(config_from_values(values))
-    model, _ = build_model(
-        run.spec, num_classes=len(run.index.labels), decoder_type="linear", mlp_hidden_size=None, seed=values["seed"]
-    )
+    head: dict[str, Any] = {"num_classes": len(run.index.labels), "decoder_type": "linear", "mlp_hidden_size": None}
+    model = build_model(run.spec, build_encoder(run.spec), seed=values["seed"], **head)
     engine = build_engine(run.config, model.train(), run.plan)
     before = {name: whole(p) for name, p in engine.module.named_parameters()}
     batches = (run.clips[Request(tuple(range(step, step + GLOBAL_BATCH)))] for step in range(3))

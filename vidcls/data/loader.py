@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vidcls.data.decode import decode_jpegs, resize_frames, segment_midpoints
 from vidcls.data.order import SampleOrder, StepLayout, evaluation_chunks
-from vidcls.data.shards import ShardIndex, ShardReader
+from vidcls.data.shards import ShardError, ShardIndex, ShardReader
 
 Grid = tuple[int, int, int]
 WORKER_TIMEOUT_SECONDS = 300
@@ -167,11 +167,15 @@ class ClipBatches(Dataset[Batch]):
 
     def _clip(self, sample: int) -> PreparedClip:
         stored = self.reader.read(sample)
+        index = self.reader.index
         try:
+            frames = decode_jpegs(stored.jpegs)
+            if frames.shape[1:3] != (index.height[sample], index.width[sample]):
+                raise ShardError(f"frames are {frames.shape[1]}x{frames.shape[2]}, the index says otherwise")
             return prepare_clip(
                 key=stored.key,
                 label=stored.label,
-                frames=decode_jpegs(stored.jpegs),
+                frames=frames,
                 times=stored.frame_times,
                 prompt=stored.prompt or self.prompt,
                 encoder=self.encoder,

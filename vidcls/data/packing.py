@@ -98,9 +98,10 @@ def write_shards(
 
 @dataclass(frozen=True)
 class _Packed:
-    """One clip as it goes into a tar: member suffix -> bytes."""
+    """One clip as it goes into a tar: member suffix -> bytes. frame_size: (height, width) as stored."""
 
     members: dict[str, bytes]
+    frame_size: tuple[int, int]
     decoder: str
     damaged: bool
 
@@ -126,7 +127,7 @@ def _pack(record: ClipRecord, settings: DecodeSettings) -> _Packed:
         about["damage"] = clip.damage
     members = {f"{i:03d}.jpg": jpeg for i, jpeg in enumerate(jpegs)}
     members["json"] = json.dumps(about, separators=(",", ":")).encode()
-    return _Packed(members, clip.decoder, clip.damage is not None)
+    return _Packed(members, size, clip.decoder, clip.damage is not None)
 
 
 def _pack_all(
@@ -207,10 +208,10 @@ class _Ledger:
             if progress is not None:
                 progress(self.seen, len(self.failures))
 
-    def add_sample(self, record: ClipRecord, offset: int, size: int, crc32: int) -> None:
+    def add_sample(self, record: ClipRecord, frame_size: tuple[int, int], offset: int, size: int, crc32: int) -> None:
         self.keys.append(record.key)
         self.prompts.append(record.prompt)
-        row = (record.label, len(self.shards), offset, size, crc32)
+        row = (record.label, len(self.shards), offset, size, crc32, *frame_size)
         for name, value in zip(COLUMNS, row, strict=True):
             self.columns[name].append(value)
 
@@ -244,23 +245,23 @@ def _write_shard(path: Path, clips: Iterator[tuple[ClipRecord, _Packed]], ledger
     from webdataset import TarWriter  # here, because it imports torch: seconds, while the workers are busy already
 
     temporary = path.with_name(path.name + ".tmp")
-    written: list[tuple[ClipRecord, int, int]] = []
+    written: list[tuple[ClipRecord, tuple[int, int], int, int]] = []
     with open(temporary, "wb") as file:
         # Fixed times and owners: the same clips give the same bytes.
         with TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
             for record, packed in chain([first], clips):
                 start = tar.tarstream.offset
                 tar.write({"__key__": record.key, **packed.members})
-                written.append((record, start, tar.tarstream.offset - start))
+                written.append((record, packed.frame_size, start, tar.tarstream.offset - start))
         file.flush()
         os.fsync(file.fileno())
     sha256 = hashlib.sha256()
     with open(temporary, "rb") as file:
-        for record, start, size in written:  # back to back from offset 0
+        for record, frame_size, start, size in written:  # back to back from offset 0
             assert file.tell() == start, (file.tell(), start)
             data = file.read(size)
             sha256.update(data)
-            ledger.add_sample(record, start, size, zlib.crc32(data))
+            ledger.add_sample(record, frame_size, start, size, zlib.crc32(data))
         sha256.update(file.read())
         total = file.tell()
     os.replace(temporary, path)

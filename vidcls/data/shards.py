@@ -27,7 +27,8 @@ from vidcls.data.labels import LabelSpace
 
 FORMAT_VERSION = 1
 INDEX, FAILED = "index.json", "failed.jsonl"
-COLUMNS = ("label", "shard", "offset", "bytes", "crc32")  # whole numbers, one per sample, in index.json
+# Whole numbers, one per sample, in index.json.
+COLUMNS = ("label", "shard", "offset", "bytes", "crc32", "height", "width")
 BLOCK = tarfile.BLOCKSIZE
 
 
@@ -39,8 +40,8 @@ class ShardError(ValueError):
 class ShardIndex:
     """What is in a folder of shards; sample i has keys[i], label[i] (int64) and so on.
 
-    offset, size, crc32: the sample's byte range in shard_names[shard[i]], and its checksum. digest: sha256 of
-    index.json, which names the data set. prompts: None if no sample has its own.
+    height, width: of its frames, in pixels. offset, size, crc32: the sample's byte range in shard_names[shard[i]], and
+    its checksum. digest: sha256 of index.json, which names the data set. prompts: None if no sample has its own.
     """
 
     folder: Path
@@ -54,6 +55,8 @@ class ShardIndex:
     offset: np.ndarray
     size: np.ndarray
     crc32: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
     prompts: tuple[str | None, ...] | None
 
     def __len__(self) -> int:
@@ -99,6 +102,8 @@ class ShardIndex:
         _check_below("shard", columns["shard"], len(shards))
         sizes = _whole_numbers("shards.bytes", [shard["bytes"] for shard in shards])
         _check_ranges(columns, sizes)
+        if min(columns["height"].min(), columns["width"].min()) < 1:
+            raise ShardError("samples.height and samples.width: must be at least 1")
         _check_files(folder, [shard["name"] for shard in shards], sizes)
         return cls(
             folder=folder,
@@ -113,6 +118,8 @@ class ShardIndex:
             offset=columns["offset"],
             size=columns["bytes"],
             crc32=columns["crc32"],
+            height=columns["height"],
+            width=columns["width"],
         )
 
 

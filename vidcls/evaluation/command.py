@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,8 +14,7 @@ from vidcls.data.loader import ClipBatches
 from vidcls.data.shards import ShardIndex
 from vidcls.evaluation.evaluate import evaluate, write_results
 from vidcls.evaluation.metrics import Metrics
-from vidcls.model.pretrained import load_model
-from vidcls.training.loop import LABELS_NAME
+from vidcls.model.pretrained import LABELS_NAME, PREPROCESSING_NAME, load_model
 
 
 def evaluate_checkpoint(
@@ -26,10 +26,15 @@ def evaluate_checkpoint(
         ValueError: checkpoint or shards cannot be read, or their label spaces differ.
     """
     index = ShardIndex.open(data)
+    if not (checkpoint / LABELS_NAME).is_file():
+        raise ValueError(f"CHECKPOINT: {str(checkpoint)!r} is not a checkpoint folder: it has no {LABELS_NAME}")
     labels = LabelSpace.load(checkpoint / LABELS_NAME)
     labels.check_same(index.labels, f"checkpoint {checkpoint}", f"shards {data}")
     model, encoder, spec = load_model(checkpoint, model_name_or_path=base)
     model.to(distributed.device())
+    trained_on = json.loads((checkpoint / PREPROCESSING_NAME).read_text(encoding="utf-8"))
+    if distributed.is_main() and trained_on != index.settings.to_dict():
+        print(f"warning: {data} was made with {index.settings.to_dict()}, the training shards with {trained_on}")
     clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
     with _progress() as progress:
         # The main rank's share stands for all: batches are dealt out evenly.

@@ -43,6 +43,8 @@ def predict_batches(
             logits_BC = model(**batch.to(device).model_inputs())
             # float64: the rows of a large label space should still sum to 1 when they are read back from a file
             scores_BC = torch.softmax(logits_BC.double(), dim=-1).cpu().numpy()
+            if not np.isfinite(scores_BC).all():
+                raise RuntimeError(f"the scores of one of the clips {', '.join(batch.keys)} are not finite")
             rows = zip(batch.keys, batch.labels_B.tolist(), batch.weights_B.tolist(), scores_BC, strict=True)
             counted = [Prediction(key, label, scores) for key, label, weight, scores in rows if weight > 0]
             predictions += counted

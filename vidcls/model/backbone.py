@@ -75,8 +75,7 @@ def load_backbone(name_or_path: str, *, dtype: torch.dtype, attn_implementation:
     """Vision tower and language model, frozen, in eval mode, parameters in `dtype`.
 
     `Qwen2_5_VLModel` has no vocabulary head, so a tied and an untied checkpoint load alike. Raises
-    ValueError when the folder's weights and the architecture do not match. Under ZeRO-3 every rank must
-    call this.
+    ValueError when the folder's weights and the architecture do not match.
     """
     if name_or_path == TINY:
         model = tiny_backbone(attn_implementation=attn_implementation)
@@ -157,17 +156,11 @@ def action_token_init(backbone: Qwen2_5_VLModel, tokenizer: PreTrainedTokenizerF
     """Where the embedding of <ACTION> starts, [D] in the backbone's dtype: the mean over `ACTION_WORDS`.
 
     The token's own row in the table was never trained and is not used: a mean of real embeddings has their
-    scale and a related meaning. Under ZeRO-3 every rank must call this.
+    scale and a related meaning.
     """
     ids = [i for word in ACTION_WORDS for i in tokenizer.encode(word, add_special_tokens=False)]
     weight = backbone.language_model.embed_tokens.weight
-    # A partitioned parameter is gathered through its own methods, which DeepSpeed puts on it.
-    partitioned = hasattr(weight, "ds_id")
-    if partitioned:
-        weight.all_gather([weight])
     rows = weight.detach()[torch.tensor(ids, device=weight.device)].float()
-    if partitioned:
-        weight.partition([weight])
     return rows.mean(dim=0).to(weight.dtype)
 
 

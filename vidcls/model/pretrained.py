@@ -14,22 +14,38 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from vidcls.manifest import MANIFEST_NAME, verify
 from vidcls.model.backbone import (
+    ADAPTER_WEIGHTS_NAME,
     LoraSettings,
     action_token_init,
     add_lora,
     load_adapter,
     load_backbone,
+    load_config,
     load_tokenizer,
     save_adapter,
 )
 from vidcls.model.classifier import ActionClassifier, ActionToken
-from vidcls.model.heads import ActionDecoder
+from vidcls.model.heads import CONFIG_NAME, WEIGHTS_NAME, ActionDecoder
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder
 
 SPEC_NAME = "vidcls_model.json"
 ACTION_TOKEN_NAME = "action_token.safetensors"
+LABELS_NAME = "label_map.json"  # written and read by those who know data: training, evaluation, prediction
+PREPROCESSING_NAME = "preprocessing.json"
+INFERENCE_FILES = frozenset(
+    {
+        SPEC_NAME,
+        ACTION_TOKEN_NAME,
+        ADAPTER_WEIGHTS_NAME,
+        WEIGHTS_NAME,
+        CONFIG_NAME,
+        LABELS_NAME,
+        PREPROCESSING_NAME,
+    }
+)
 ATTENTION = {"auto": None, "sdpa": "sdpa", "eager": "eager", "fa2": "flash_attention_2"}
 
 
@@ -54,13 +70,18 @@ class ModelSpec:
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
-def build_encoder(spec: ModelSpec, geometry: VisionGeometry, video_token_id: int) -> PromptEncoder:
-    """The host side of the model: texts, positions and frame sizes."""
+def build_encoder(spec: ModelSpec) -> PromptEncoder:
+    """The host side of the model: texts, positions and frame sizes. Reads no weights.
+
+    Raises:
+        ValueError: the base model is no Qwen2.5-VL, or lacks a spare token row.
+    """
+    config = load_config(spec.model_name_or_path)
     tokenizer, _ = load_tokenizer(spec.model_name_or_path)
     return PromptEncoder(
         tokenizer,
-        geometry,
-        video_token_id,
+        VisionGeometry.from_config(config),
+        config.video_token_id,
         spec.cutoff_len,
         spec.video_min_pixels,
         spec.video_max_pixels,
@@ -69,32 +90,27 @@ def build_encoder(spec: ModelSpec, geometry: VisionGeometry, video_token_id: int
 
 def build_model(
     spec: ModelSpec,
+    encoder: PromptEncoder,
     *,
     num_classes: int,
     decoder_type: str,
     mlp_hidden_size: int | None,
     seed: int,
     gradient_checkpointing: bool = False,
-) -> tuple[ActionClassifier, PromptEncoder]:
-    """A classifier ready to train: adapters, head and <ACTION> initialised from `seed`, all else frozen.
-
-    Raises:
-        ValueError: the base model is no Qwen2.5-VL, or lacks a spare token row.
-    """
-    backbone = load_backbone(spec.model_name_or_path, dtype=spec.dtype, attn_implementation=ATTENTION[spec.flash_attn])
-    tokenizer, action_token_id = load_tokenizer(spec.model_name_or_path)
-    token = ActionToken(action_token_init(backbone, tokenizer))
+) -> ActionClassifier:
+    """A classifier ready to train: adapters, head and <ACTION> initialised from `seed`, all else frozen."""
+    attention = ATTENTION[spec.flash_attn]
+    backbone = load_backbone(spec.model_name_or_path, dtype=spec.dtype, attn_implementation=attention)
+    token = ActionToken(action_token_init(backbone, encoder.tokenizer))
     text: Any = backbone.config.text_config
-    geometry = VisionGeometry.from_config(backbone.config)
-    encoder = build_encoder(spec, geometry, backbone.config.video_token_id)
     adapted = add_lora(backbone, LoraSettings(spec.lora_rank, spec.lora_alpha, spec.lora_dropout), seed=seed)
     head = ActionDecoder(text.hidden_size, num_classes, decoder_type, mlp_hidden_size, seed=seed)
-    model = ActionClassifier(adapted, head, token, action_token_id=action_token_id, geometry=geometry)
+    model = ActionClassifier(adapted, head, token, action_token_id=encoder.action_token_id, geometry=encoder.geometry)
     if gradient_checkpointing:
         # On the language model only: on the whole model it would hook the frozen vision tower too. Not reentrant,
         # because the reentrant form drops every LoRA gradient when the inputs need none.
         model.inner.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    return model, encoder
+    return model
 
 
 def save_model(
@@ -128,12 +144,16 @@ def load_model(
     Raises:
         ValueError: a file is missing, or does not fit the base model; names it.
     """
+    if (folder / MANIFEST_NAME).exists():
+        verify(folder, only=INFERENCE_FILES)
     spec = read_spec(folder)
     if model_name_or_path is not None:
         spec = replace(spec, model_name_or_path=model_name_or_path)
     head = ActionDecoder.load_pretrained(folder)
-    model, encoder = build_model(
+    encoder = build_encoder(spec)
+    model = build_model(
         spec,
+        encoder,
         num_classes=head.num_classes,
         decoder_type=head.decoder_type,
         mlp_hidden_size=head.mlp_hidden_size if head.decoder_type == "mlp" else None,

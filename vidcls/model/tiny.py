@@ -5,13 +5,9 @@ Its weights are random but always the same, so two runs, two ranks and a reload 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
-from transformers.integrations import deepspeed as hf_deepspeed
 
 TINY = "tiny"
 WEIGHTS_SEED = 20250217
@@ -97,20 +93,6 @@ def tiny_backbone(*, attn_implementation: str | None = None) -> Qwen2_5_VLModel:
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
     # devices=[]: everything is drawn on the CPU, whatever accelerator the run uses.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), _whole_parameters():
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(WEIGHTS_SEED)
         return Qwen2_5_VLModel(config)
-
-
-@contextlib.contextmanager
-def _whole_parameters() -> Iterator[None]:
-    """Build whole parameters even when transformers was told to partition new models (ZeRO-3).
-
-    It would otherwise skip the initialisation and leave the partitions for a checkpoint to fill.
-    """
-    active = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = active

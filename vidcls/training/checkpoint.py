@@ -7,10 +7,8 @@ rank, world size or ZeRO stage, and nothing is unpickled. A checkpoint is writte
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import uuid
@@ -33,17 +31,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vidcls import distributed
+from vidcls.manifest import CheckpointError, fsync, seal, verify
 
-MANIFEST_NAME = "MANIFEST.json"
 STATE_NAME = "training_state.json"
 TENSORS_NAME = "training_state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VERSIONED = ("vidcls", "torch", "deepspeed", "transformers", "peft")
 FOLDER_PATTERN = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged or of another run; names the file and the difference."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +58,12 @@ class RunState:
         for name in ("seed", "global_batch", "samples", "data_digest", "label_fingerprint"):
             stored, current = getattr(self, name), getattr(now, name)
             if stored != current:
+                hint = ""
+                if name == "global_batch":
+                    hint = f" (train_batch_size={stored} gradient_accumulation_steps= keeps it on any rank count)"
                 raise CheckpointError(
                     f"resume_from_checkpoint: {name} is {stored!r} in the checkpoint and {current!r} in this run; "
-                    "they must be equal for the run to go on"
+                    f"they must be equal for the run to go on{hint}"
                 )
 
 
@@ -189,38 +186,14 @@ def temporary_folder(output_dir: Path) -> Path:
 
 
 def publish(folder: Path, output_dir: Path, step: int) -> Path:
-    """Make a finished temporary folder the checkpoint of `step`: fsync, manifest last, rename."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _fsync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = folder / MANIFEST_NAME
-    manifest.write_text(json.dumps({"step": step, "files": files}, indent=2) + "\n", encoding="utf-8")
-    _fsync(manifest)
-    _fsync(folder)
+    """Make a finished temporary folder the checkpoint of `step`: manifest last, then one rename."""
+    seal(folder)
     target = output_dir / f"checkpoint-{step}"
-    if target.exists():  # left by a run that got here before and was resumed from an earlier one
-        shutil.rmtree(target)
+    if target.exists():
+        set_aside(target)
     folder.rename(target)
-    _fsync(output_dir)
+    fsync(output_dir)
     return target
-
-
-def verify(folder: Path) -> None:
-    """Raise CheckpointError naming the first file that is missing or differs from the manifest."""
-    path = folder / MANIFEST_NAME
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is not a whole checkpoint: it has no {MANIFEST_NAME}") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    for name, expected in files.items():
-        member = folder / name
-        if not member.is_file():
-            raise CheckpointError(f"{member} is missing")
-        if member.stat().st_size != expected["bytes"] or _sha256(member) != expected["sha256"]:
-            raise CheckpointError(f"{member} is damaged: its size or digest differs from {MANIFEST_NAME}")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -243,26 +216,30 @@ def find_latest(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def set_aside(folder: Path) -> None:
+    """Rename a checkpoint so that it is never chosen or counted; `remove_old` deletes it once a newer one is whole."""
+    aside = folder.with_name(f"{folder.name}.superseded")
+    if aside.exists():
+        shutil.rmtree(aside)
+    folder.rename(aside)
+
+
+def set_aside_after(output_dir: Path, step: int) -> list[Path]:
+    """Set aside the checkpoints beyond `step`: a run that goes on from there writes its own, and rotation by number
+    would delete the new ones for being older."""
+    beyond = [p for p in list_checkpoints(output_dir) if int(p.name.split("-")[1]) > step]
+    for folder in beyond:
+        set_aside(folder)
+    return beyond
+
+
 def remove_old(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed runs left half-written."""
-    for leftover in output_dir.glob("checkpoint.tmp-*"):
+    """Delete all but the newest `keep` checkpoints, those set aside, and what killed runs left half-written.
+
+    Call it right after `publish`: then the newest one is whole.
+    """
+    for leftover in [*output_dir.glob("checkpoint.tmp-*"), *output_dir.glob("checkpoint-*.superseded")]:
         shutil.rmtree(leftover)
     if keep is not None:
         for folder in list_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(folder)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()  # hashlib.file_digest is Python 3.11's
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

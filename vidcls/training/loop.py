@@ -14,13 +14,20 @@ import torch
 
 from vidcls import distributed
 from vidcls.config import BatchPlan, Config, ConfigError, batch_plan, total_steps
-from vidcls.data.loader import ClipBatches, Request, read_batches, training_requests
+from vidcls.data.loader import ClipBatches, read_batches, training_requests
 from vidcls.data.order import SampleOrder, StepLayout
 from vidcls.data.shards import ShardIndex
-from vidcls.model.backbone import load_config, lora_counts
+from vidcls.model.backbone import lora_counts
 from vidcls.model.classifier import ActionClassifier, parameter_kind
-from vidcls.model.patches import VisionGeometry
-from vidcls.model.pretrained import ModelSpec, build_encoder, build_model, save_model
+from vidcls.model.pretrained import (
+    LABELS_NAME,
+    PREPROCESSING_NAME,
+    ModelSpec,
+    build_encoder,
+    build_model,
+    read_spec,
+    save_model,
+)
 from vidcls.model.prompt import PromptEncoder
 from vidcls.training import checkpoint
 from vidcls.training.checkpoint import RunState
@@ -29,8 +36,6 @@ from vidcls.training.optimizer import learning_rate
 from vidcls.training.telemetry import BOARD_NAME, LOG_NAME, PLOT_NAME, RunLog, StepClock, TimedIterator, plot_loss
 
 CONFIG_NAME = "config.yaml"
-LABELS_NAME = "label_map.json"
-PREPROCESSING_NAME = "preprocessing.json"
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,9 @@ def setup(config: Config) -> Run:
         )
     _check_attention(config.model.flash_attn)
     spec = _model_spec(config)
-    backbone_config = load_config(spec.model_name_or_path)
-    encoder = build_encoder(spec, VisionGeometry.from_config(backbone_config), backbone_config.video_token_id)
+    encoder = build_encoder(spec)
     clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
-    _ = clips[Request((0,))]  # a prompt that does not fit cutoff_len is found here, not after minutes of loading
+    _check_texts(clips)
     distributed.start(config.run.ddp_timeout)
     plan = batch_plan(config.optim, distributed.world_size())
     assert plan is not None
@@ -89,8 +93,10 @@ def setup(config: Config) -> Run:
     resume = _checkpoint_to_resume(config)
     start = fresh
     if resume is not None:
-        start = checkpoint.read_state(resume)
-        start.check_continues(fresh)
+        with distributed.all_or_none(f"reading {resume}"):
+            start = checkpoint.read_state(resume)
+            start.check_continues(fresh)
+            _check_same_model(read_spec(resume), spec)
     steps = total_steps(config.optim, len(index), plan.global_)
     if start.step >= steps:
         raise ConfigError(f"resume_from_checkpoint: {resume} has {start.step} of {steps} steps done; nothing is left")
@@ -130,7 +136,9 @@ def train(run: Run) -> Path:
                 window.zero_()
                 logged = done
             if done % config.run.save_steps == 0 or done == run.steps:
-                last = save_checkpoint(run, engine, done)
+                _check_finite({"step": done, "loss": window.item(), "grad_norm": float(result.grad_norm)})
+                with clock.paused():
+                    last = save_checkpoint(run, engine, done)
                 if log:
                     log.message(f"saved {last}")
     finally:
@@ -185,6 +193,26 @@ def _check_attention(flash_attn: str) -> None:
         )
 
 
+def _check_texts(clips: ClipBatches) -> None:
+    """Encode every different pair of prompt and frame size: none may be malformed or longer than cutoff_len."""
+    index, encoder = clips.reader.index, clips.encoder
+    frames = min(index.settings.frames, clips.max_frames)
+    prompts = index.prompts or (None,) * len(index)
+    for prompt, height, width in {*zip(prompts, index.height.tolist(), index.width.tolist(), strict=True)}:
+        grid = encoder.grid(frames, *encoder.frame_size(height, width))
+        encoder.encode(prompt or clips.prompt, grid, 1.0)
+
+
+def _check_same_model(stored: ModelSpec, now: ModelSpec) -> None:
+    # The base may have moved, and the attention kernel changes rounding only.
+    for name in sorted(vars(now).keys() - {"model_name_or_path", "flash_attn"}):
+        if getattr(stored, name) != getattr(now, name):
+            raise checkpoint.CheckpointError(
+                f"resume_from_checkpoint: {name} is {getattr(stored, name)!r} in the checkpoint and "
+                f"{getattr(now, name)!r} in this run; they must be equal for the run to go on"
+            )
+
+
 def _model_spec(config: Config) -> ModelSpec:
     model, data = config.model, config.data
     base = model.model_name_or_path
@@ -228,8 +256,9 @@ def _checkpoint_to_resume(config: Config) -> Path | None:
 
 def _build(run: Run) -> Engine:
     model_options = run.config.model
-    model, _ = build_model(
+    model = build_model(
         run.spec,
+        run.encoder,
         num_classes=len(run.index.labels),
         decoder_type=model_options.action_decoder_type,
         mlp_hidden_size=model_options.action_decoder_hidden_size,
@@ -253,6 +282,8 @@ def _open_log(run: Run, model: ActionClassifier) -> RunLog | None:
     folder = run.output_dir
     if run.config.run.overwrite_output_dir and run.resume is None and folder.exists():
         _remove_outputs(folder)
+    for beyond in checkpoint.set_aside_after(folder, run.start.step):
+        print(f"vidcls: {beyond} is beyond step {run.start.step} and set aside", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(run.config.dump(), encoding="utf-8")
     board = run.config.run.report_to == "tensorboard"

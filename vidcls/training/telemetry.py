@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,13 @@ class StepClock:
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._waited = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the rates."""
+        begin = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - begin
 
     def waiting(self, seconds: float) -> None:
         self._waited += seconds
@@ -64,9 +73,11 @@ class RunLog:
     def __init__(self, output_dir: Path, *, first_step: int, total_steps: int, tensorboard: bool) -> None:
         self.path = output_dir / LOG_NAME
         kept = [row for row in read_log(self.path) if row["step"] <= first_step]
-        self._file = self.path.open("w", encoding="utf-8")
-        for row in kept:
-            self._write(row)
+        # Replaced in one piece: a kill in between must not cost the log of the steps before.
+        temporary = self.path.with_name(f"{LOG_NAME}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
         self._board = _summary_writer(output_dir / BOARD_NAME, first_step) if tensorboard else None
         self._progress = _progress_bar(first_step, total_steps)
         self._total = total_steps

@@ -25,7 +25,8 @@ def main() -> None:
         check_output_dir(config.run)
 
     from vidcls import distributed
-    from vidcls.training.loop import setup, train
+    from vidcls.training.loop import train
+    from vidcls.training.setup import setup
 
     try:
         with user_errors():

@@ -17,8 +17,15 @@ from vidcls.config import DEFAULT_PROMPT
 from vidcls.data.labels import LabelSpace
 from vidcls.data.loader import ClipBatches, Request
 from vidcls.data.shards import ShardIndex
-from vidcls.model.pretrained import ModelSpec, build_encoder, build_model, load_model, save_model
-from vidcls.training.loop import LABELS_NAME, PREPROCESSING_NAME
+from vidcls.model.pretrained import (
+    LABELS_NAME,
+    PREPROCESSING_NAME,
+    ModelSpec,
+    build_encoder,
+    build_model,
+    load_model,
+    save_model,
+)
 
 pytestmark = pytest.mark.launch
 

@@ -161,7 +161,7 @@ def test_mistakes_in_one_process(
 
     from vidcls import distributed
     from vidcls.config import load_config
-    from vidcls.training.loop import setup
+    from vidcls.training.setup import setup
 
     monkeypatch.setattr(distributed, "start", lambda timeout_seconds: None)
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
@@ -178,7 +178,7 @@ def test_a_missing_shard_is_named(small_shards: Path, tmp_path: Path, monkeypatc
     import shutil
 
     from vidcls.config import load_config
-    from vidcls.training.loop import setup
+    from vidcls.training.setup import setup
 
     copy = tmp_path / "shards"
     shutil.copytree(small_shards, copy)

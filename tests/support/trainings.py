@@ -8,7 +8,8 @@ import sys
 from vidcls import distributed
 from vidcls.command import command_arguments
 from vidcls.config import load_config
-from vidcls.training.loop import setup, train
+from vidcls.training.loop import train
+from vidcls.training.setup import setup
 
 if __name__ == "__main__":
     try:

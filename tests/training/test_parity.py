@@ -26,7 +26,7 @@ from vidcls.model.classifier import parameter_kind
 from vidcls.model.pretrained import build_encoder, build_model, read_spec
 from vidcls.training import checkpoint
 from vidcls.training.engine import build_engine, train_step
-from vidcls.training.loop import setup
+from vidcls.training.setup import setup
 
 pytestmark = pytest.mark.launch
 

@@ -1,106 +1,29 @@
-"""A training run, from a configuration to checkpoints: `train(setup(config))` is the whole story."""
+"""A training run: `train(setup(config))` is the whole story, from shards to the last checkpoint."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vidcls import distributed
-from vidcls.config import BatchPlan, Config, ConfigError, batch_plan, total_steps
-from vidcls.data.loader import ClipBatches, read_batches, training_requests
+from vidcls.data.loader import read_batches, training_requests
 from vidcls.data.order import SampleOrder, StepLayout
-from vidcls.data.shards import ShardIndex
 from vidcls.model.backbone import lora_counts
 from vidcls.model.classifier import ActionClassifier, parameter_kind
-from vidcls.model.pretrained import (
-    LABELS_NAME,
-    PREPROCESSING_NAME,
-    ModelSpec,
-    build_encoder,
-    build_model,
-    read_spec,
-    save_model,
-)
-from vidcls.model.prompt import PromptEncoder
+from vidcls.model.pretrained import LABELS_NAME, PREPROCESSING_NAME, build_model, save_model
 from vidcls.training import checkpoint
 from vidcls.training.checkpoint import RunState
 from vidcls.training.engine import Engine, build_engine, train_step
 from vidcls.training.optimizer import learning_rate
+from vidcls.training.setup import Run
 from vidcls.training.telemetry import BOARD_NAME, LOG_NAME, PLOT_NAME, RunLog, StepClock, TimedIterator, plot_loss
 
 CONFIG_NAME = "config.yaml"
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything checked, nothing heavy built yet."""
-
-    config: Config
-    index: ShardIndex
-    spec: ModelSpec
-    clips: ClipBatches
-    plan: BatchPlan
-    steps: int
-    resume: Path | None
-    start: RunState  # before the first step, or as stored in the checkpoint
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.config.run.output_dir)
-
-    @property
-    def encoder(self) -> PromptEncoder:
-        assert isinstance(self.clips.encoder, PromptEncoder)
-        return self.clips.encoder
-
-
-def setup(config: Config) -> Run:
-    """Check data, prompts, batch sizes and a checkpoint to resume from; join the process group. Writes nothing.
-
-    Raises:
-        ValueError: a user's mistake, in one message (ConfigError, ShardError, PromptError, CheckpointError).
-    """
-    index = ShardIndex.open(config.data.dataset)
-    classes = config.model.num_action_classes
-    if classes is not None and classes != len(index.labels):
-        raise ConfigError(
-            f"num_action_classes: {classes}, but the shards in {config.data.dataset!r} have {len(index.labels)} classes"
-        )
-    _check_attention(config.model.flash_attn)
-    spec = _model_spec(config)
-    encoder = build_encoder(spec)
-    clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
-    _check_texts(clips)
-    distributed.start(config.run.ddp_timeout)
-    plan = batch_plan(config.optim, distributed.world_size())
-    assert plan is not None
-    fresh = RunState(
-        step=0,
-        adam_steps=0,
-        seed=config.run.seed,
-        global_batch=plan.global_,
-        samples=len(index),
-        data_digest=index.digest,
-        label_fingerprint=index.labels.fingerprint,
-    )
-    resume = _checkpoint_to_resume(config)
-    start = fresh
-    if resume is not None:
-        with distributed.all_or_none(f"reading {resume}"):
-            start = checkpoint.read_state(resume)
-            start.check_continues(fresh)
-            _check_same_model(read_spec(resume), spec)
-    steps = total_steps(config.optim, len(index), plan.global_)
-    if start.step >= steps:
-        raise ConfigError(f"resume_from_checkpoint: {resume} has {start.step} of {steps} steps done; nothing is left")
-    return Run(config, index, spec, clips, plan, steps, resume, start)
 
 
 def train(run: Run) -> Path:
@@ -181,77 +104,6 @@ def save_checkpoint(run: Run, engine: Engine, step: int) -> Path:
                 raise
             checkpoint.remove_old(run.output_dir, run.config.run.save_total_limit)
     return target
-
-
-def _check_attention(flash_attn: str) -> None:
-    if flash_attn != "fa2":
-        return
-    if distributed.accelerator_name() == "cpu" or importlib.util.find_spec("flash_attn") is None:
-        raise ConfigError(
-            f"flash_attn: 'fa2' needs the package flash-attn and a GPU (here: {distributed.accelerator_name()}); "
-            "use auto or sdpa"
-        )
-
-
-def _check_texts(clips: ClipBatches) -> None:
-    """Encode every different pair of prompt and frame size: none may be malformed or longer than cutoff_len."""
-    index, encoder = clips.reader.index, clips.encoder
-    frames = min(index.settings.frames, clips.max_frames)
-    prompts = index.prompts or (None,) * len(index)
-    for prompt, height, width in {*zip(prompts, index.height.tolist(), index.width.tolist(), strict=True)}:
-        grid = encoder.grid(frames, *encoder.frame_size(height, width))
-        encoder.encode(prompt or clips.prompt, grid, 1.0)
-
-
-def _check_same_model(stored: ModelSpec, now: ModelSpec) -> None:
-    # The base may have moved, and the attention kernel changes rounding only.
-    for name in sorted(vars(now).keys() - {"model_name_or_path", "flash_attn"}):
-        if getattr(stored, name) != getattr(now, name):
-            raise checkpoint.CheckpointError(
-                f"resume_from_checkpoint: {name} is {getattr(stored, name)!r} in the checkpoint and "
-                f"{getattr(now, name)!r} in this run; they must be equal for the run to go on"
-            )
-
-
-def _model_spec(config: Config) -> ModelSpec:
-    model, data = config.model, config.data
-    base = model.model_name_or_path
-    return ModelSpec(
-        model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
-        bf16=config.optim.bf16,
-        flash_attn=model.flash_attn,
-        lora_rank=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        prompt=data.prompt,
-        video_maxlen=data.video_maxlen,
-        video_min_pixels=data.video_min_pixels,
-        video_max_pixels=data.video_max_pixels,
-        cutoff_len=data.cutoff_len,
-    )
-
-
-def _checkpoint_to_resume(config: Config) -> Path | None:
-    """The verified checkpoint this run goes on from; the main rank chooses, so that all choose the same."""
-    wanted = config.run.resume_from_checkpoint
-    if wanted is None:
-        return None
-    chosen: Path | None = None
-    with distributed.all_or_none("choosing the checkpoint to resume"):
-        if distributed.is_main():
-            if wanted == "latest":
-                chosen, passed_over = checkpoint.find_latest(Path(config.run.output_dir))
-                for reason in passed_over:
-                    print(f"vidcls: checkpoint passed over: {reason}", flush=True)
-                if chosen is None and checkpoint.list_checkpoints(Path(config.run.output_dir)):
-                    raise checkpoint.CheckpointError(
-                        f"resume_from_checkpoint: no checkpoint in {config.run.output_dir!r} is whole; "
-                        "starting over would lose the run, remove them to do so"
-                    )
-            else:
-                chosen = Path(wanted)
-                checkpoint.verify(chosen)
-    return distributed.gather_objects(chosen)[0]
 
 
 def _build(run: Run) -> Engine:

@@ -1,7 +1,7 @@
 """Who am I, whom do I wait for, and how do I leave: the process group and everything that outlives a rank.
 
 Runs under the deepspeed launcher (any number of hosts), under mpirun (ranks found through mpi4py), or as one plain
-process. `start` is called once, before any other function here except `rank_from_environment`.
+process. What needs the process group comes after `start`.
 """
 
 from __future__ import annotations
@@ -73,11 +73,13 @@ def check_hostfile() -> None:
 
 
 def start(timeout_seconds: int) -> None:
-    """Join the process group. All ranks must call it, once.
+    """Join the process group; nothing happens when this process is in it already. All ranks must call it.
 
     Args:
         timeout_seconds: limit of every collective of the run, ZeRO's own groups included.
     """
+    if torch.distributed.is_initialized():
+        return
     import deepspeed
     import torch.distributed.distributed_c10d as c10d
 
@@ -130,7 +132,7 @@ def device() -> torch.device:
 
 
 def accelerator_name() -> str:
-    """ "cpu", "cuda", ...: what DeepSpeed computes on here. Needs no process group."""
+    """What DeepSpeed computes on here, such as "cpu" or "cuda". Needs no process group."""
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().device_name()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vidcls.geometry import smart_resize
+
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig
 
@@ -23,7 +25,6 @@ Grid = tuple[int, int, int]
 # in transformers), which Qwen2.5-VL keeps.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MAX_ASPECT_RATIO = 200
 
 
 @dataclass(frozen=True)
@@ -79,30 +80,6 @@ class VisionGeometry:
     def num_values(self, grid: Grid) -> int:
         """uint8 values in a clip of this grid."""
         return math.prod(grid) * self.patch_dim
-
-
-def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The frame size Qwen2-VL would pick: multiples of `factor`, area within the bounds, aspect ratio kept.
-
-    Source: `smart_resize` of the Qwen2-VL processors. Raises ValueError for sides or bounds that make no
-    sense and for frames more than 200 times as long as wide.
-    """
-    if height < 1 or width < 1:
-        raise ValueError(f"frame size is {height}x{width}; both sides must be at least 1")
-    if not 1 <= min_pixels <= max_pixels:
-        raise ValueError(f"min_pixels is {min_pixels}, max_pixels is {max_pixels}; 1 <= min <= max must hold")
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(f"frame size is {height}x{width}; the aspect ratio must be at most {MAX_ASPECT_RATIO}")
-    # round() sends ties to the even neighbour; the processors do the same.
-    rows, columns = round(height / factor), round(width / factor)
-    if rows * columns * factor**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows = max(1, math.floor(height / shrink / factor))
-        columns = max(1, math.floor(width / shrink / factor))
-    elif rows * columns * factor**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
-    return rows * factor, columns * factor
 
 
 def frames_to_patches(

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 from vidcls import distributed
-from vidcls.data.decode import DecodeSettings, decode_clip, decode_jpegs, encode_jpegs, resize_frames, target_size
+from vidcls.data.batch import collate, prepare_clip
+from vidcls.data.codecs import decode_frames, encode_frames
 from vidcls.data.labels import LabelSpace
-from vidcls.data.loader import collate, prepare_clip
+from vidcls.data.settings import DecodeSettings
 from vidcls.model.classifier import ActionClassifier
 from vidcls.model.pretrained import LABELS_NAME, PREPROCESSING_NAME, ModelSpec, load_model
 from vidcls.model.prompt import PromptEncoder
+from vidcls.sharding.decode import decode_clip
 
 
 class Predictor:
@@ -54,11 +56,10 @@ class Predictor:
         Raises:
             DecodeError: the file cannot be decoded; gives the reason.
         """
-        clip = decode_clip(video, self.settings.frames)
+        clip = decode_clip(video, self.settings)
+        # Through the codec as in the shards: the model never saw frames without its traces.
         height, width = clip.frames.shape[1:3]
-        frames = resize_frames(clip.frames, target_size(height, width, self.settings.short_side))
-        # Through JPEG as in the shards: the model never saw frames without its traces.
-        frames = decode_jpegs(encode_jpegs(frames, self.settings.quality))
+        frames = decode_frames(encode_frames(clip.frames, self.settings), self.settings.codec, height, width)
         prepared = prepare_clip(
             key=str(video),
             label=0,

@@ -1,10 +1,15 @@
 """Decode a video data set once into WebDataset tar shards that vidcls trains from.
 
     python tools/make_shards.py ucf101 --videos UCF-101 --list trainlist01.txt --classes classInd.txt --out train
+    python tools/make_shards.py ssv2 --videos 20bn-ssv2 --list train.json --labels labels.json --out train
     python tools/make_shards.py folder --videos videos --split train --out train
 
-Exit codes: 0 done, 2 wrong options or data, 3 more than 1 % of the clips failed, 130 interrupted. An interrupted
-run leaves no index.json; the same command starts again.
+On several hosts that see the same folders, one process on each:
+
+    mpirun -n 8 --map-by node --bind-to none python tools/make_shards.py ...
+
+Stopped at any moment, the same command goes on where it was; the result is the same, byte for byte.
+Exit codes: 0 done, 2 wrong options or data, or a full disk, 3 more than 1 % of the clips failed, 130 interrupted.
 """
 
 import argparse
@@ -12,95 +17,147 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vidcls.data.decode import DecodeSettings
-from vidcls.data.labels import LabelSpace
-from vidcls.data.packing import ShardSummary, write_shards
-from vidcls.data.records import SPLITS, ClipRecord, read_folder, read_ucf101
-from vidcls.data.shards import FAILED
+from vidcls.data.index import FAILED
+from vidcls.data.settings import LOSSY, SUFFIXES, DecodeSettings
+from vidcls.sharding.readers import folder, sharegpt, ssv2, table, ucf101
+from vidcls.sharding.records import check_present, read_prompts, with_prompts
+from vidcls.sharding.team import Team, join_team
+from vidcls.sharding.writer import Plan, ShardSummary, write_shards
 
+READERS = {
+    "ucf101": (ucf101, "official UCF101 lists"),
+    "ssv2": (ssv2, "official Something-Something V2 lists"),
+    "folder": (folder, "one folder per class"),
+    "csv": (table, "a table of path, label and perhaps start, end; Kinetics lists too"),
+    "sharegpt": (sharegpt, "ShareGPT JSON with action_label, as of LLaMA-Factory"),
+}
 MAX_FAILED = 0.01
 PLAIN_LINE_SECONDS = 10.0
+DEFAULT = DecodeSettings()
+MAX_PIXELS = 128 * 128  # as video_max_pixels in training
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def parse_args() -> argparse.Namespace:
-    how = argparse.ArgumentDefaultsHelpFormatter
-    shared = argparse.ArgumentParser(add_help=False)
-    default = DecodeSettings()
-    cores = len(os.sched_getaffinity(0))
-    shared.add_argument("--videos", type=Path, required=True, help="folder that holds <Class>/<clips>")
-    shared.add_argument("--out", type=Path, required=True, help="folder for the shards; new or empty")
-    shared.add_argument("--frames", type=int, default=default.frames, help="frames per clip, evenly spread")
-    shared.add_argument("--short-side", type=int, default=default.short_side, help="pixels of the short side; even")
-    shared.add_argument("--quality", type=int, default=default.quality, help="JPEG quality, 1 to 100")
-    shared.add_argument("--workers", type=int, default=cores, help="decoding processes; 0: none besides this one")
-    shared.add_argument("--samples-per-shard", type=int, default=256, help="clips per tar file")
-    shared.add_argument("--clip-timeout", type=float, default=120.0, help="seconds before a clip is given up")
-    shared.add_argument("--overwrite", action="store_true", help="replace a finished data set in OUT")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="layout", required=True)
-    ucf101 = commands.add_parser("ucf101", parents=[shared], formatter_class=how, help="official UCF101 lists")
-    ucf101.add_argument("--list", type=Path, required=True, help="trainlist or testlist file")
-    ucf101.add_argument("--classes", type=Path, required=True, help="classInd.txt")
-    folder = commands.add_parser("folder", parents=[shared], formatter_class=how, help="one folder per class")
-    folder.add_argument("--split", choices=SPLITS, help="take one side of a fixed split; all clips if not given")
-    folder.add_argument("--test-fraction", type=float, default=0.25, help="share of each class in the test split")
+    for name, (reader, about) in READERS.items():
+        command = commands.add_parser(name, formatter_class=Help, help=about, description=about, allow_abbrev=False)
+        reader.add_arguments(command.add_argument_group("data set"))
+        _add_storing(command.add_argument_group("what is stored"))
+        _add_running(command.add_argument_group("how it runs"))
     return parser.parse_args()
 
 
-def read_records(args: argparse.Namespace) -> tuple[LabelSpace, list[ClipRecord]]:
-    if args.layout == "ucf101":
-        return read_ucf101(args.videos, args.list, args.classes)
-    return read_folder(args.videos, args.split, args.test_fraction)
+def _add_storing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--out", type=Path, required=True, help="folder for the shards; new or empty")
+    count = group.add_mutually_exclusive_group()
+    count.add_argument("--frames", type=int, help=f"frames per clip, evenly spread (if no --fps: {DEFAULT.frames})")
+    count.add_argument("--fps", type=float, help="frames per second of video instead; at most --max-frames a clip")
+    group.add_argument("--max-frames", type=int, help="frames per clip at most, with --fps")
+    size = group.add_mutually_exclusive_group()
+    size.add_argument(
+        "--short-side",
+        type=int,
+        help=f"pixels of a frame's short side, even (if no --max-pixels: {DEFAULT.short_side})",
+    )
+    size.add_argument("--max-pixels", type=int, help="largest frame area in pixels; sides become multiples of 28")
+    group.add_argument("--codec", choices=SUFFIXES, default=DEFAULT.codec, help="of the stored frames")
+    group.add_argument("--quality", type=int, help=f"of jpg and webp, 1 to 100 (there {DEFAULT.quality})")
+    group.add_argument("--samples-per-shard", type=int, default=256, help="clips per tar file")
+    prompts = group.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help='what the model is asked: "<video>... <ACTION>"; else the recipe says it')
+    prompts.add_argument("--prompts", type=Path, help="file with a prompt per line, of which each clip gets one")
 
 
-def make_shards(args: argparse.Namespace, console: Console) -> int:
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    cores = len(os.sched_getaffinity(0))
+    group.add_argument("--workers", type=int, default=cores, help="decoding processes on each host; 0: none of its own")
+    group.add_argument("--clip-timeout", type=float, default=120.0, help="seconds before a clip is given up")
+    group.add_argument("--overwrite", action="store_true", help="replace another data set of ours in OUT")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """ValueError for options or a data set that cannot be used."""
+    settings = DecodeSettings(
+        frames=args.frames if args.frames is not None or args.fps is not None else DEFAULT.frames,
+        fps=args.fps,
+        max_frames=args.max_frames,
+        short_side=args.short_side,
+        max_pixels=args.max_pixels if args.max_pixels is not None or args.short_side is not None else MAX_PIXELS,
+        codec=args.codec,
+        quality=args.quality if args.quality is not None or args.codec not in LOSSY else DEFAULT.quality,
+    )
+    labels, records = READERS[args.layout][0].read(args)
+    check_present(records, args.layout)
+    if args.prompt is not None or args.prompts is not None:
+        records = with_prompts(records, [args.prompt] if args.prompts is None else read_prompts(args.prompts))
+    return Plan(records, labels, settings, args.samples_per_shard)
+
+
+def make_shards(args: argparse.Namespace, team: Team, console: Console) -> int:
     """Returns the exit code."""
-    settings = DecodeSettings(args.frames, args.short_side, args.quality)
-    labels, records = read_records(args)
-    console.print(f"{len(records)} clips of {len(labels)} classes, {args.workers} workers")
+    plan: Plan = team.share(plan_of(args) if team.rank == 0 else None)
+    hosts = f" in each of {team.size} processes" if team.size > 1 else ""
+    console.print(f"{len(plan.records)} clips of {len(plan.labels)} classes, {args.workers} workers{hosts}")
+    with progress_bar(console, "this process" if team.size > 1 else "clips") as progress:
+        summary = write_shards(
+            plan,
+            args.out,
+            workers=args.workers,
+            clip_timeout=args.clip_timeout,
+            overwrite=args.overwrite,
+            progress=progress,
+            team=team,
+        )
+    return report(summary, args.out, console)
+
+
+@contextmanager
+def progress_bar(console: Console, what: str) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar on a terminal, now and then a line elsewhere."""
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("clips", total=len(records), note="")
+        task = bar.add_task(what, total=None, note="")
         started = last_line = time.monotonic()
 
-        def progress(done: int, failed: int) -> None:
+        def progress(done: int, failed: int, of: int) -> None:
             nonlocal last_line
             now = time.monotonic()
             rate = done / (now - started)
             note = f"{rate:.1f} clips/s, {failed} failed"
-            bar.update(task, completed=done, note=note)
+            bar.update(task, completed=done, total=of, note=note)
             if not console.is_terminal and now - last_line >= PLAIN_LINE_SECONDS:
                 last_line = now
-                console.print(f"{done}/{len(records)} clips, {note}, {(len(records) - done) / rate:.0f} s left")
+                console.print(f"{done}/{of} {what}, {note}, {(of - done) / rate:.0f} s left")
 
-        summary = write_shards(
-            records,
-            labels,
-            settings,
-            args.out,
-            workers=args.workers,
-            samples_per_shard=args.samples_per_shard,
-            progress=progress,
-            clip_timeout=args.clip_timeout,
-            overwrite=args.overwrite,
-        )
-    return report(summary, args.out, console)
+        yield progress
 
 
 def report(summary: ShardSummary, out: Path, console: Console) -> int:
     total = summary.samples + summary.failed
     decoders = ", ".join(f"{name} {count}" for name, count in summary.decoders.items())
-    console.print(
-        f"{out}: {summary.samples} clips in {summary.shards} shards, {summary.bytes / 1e6:.1f} MB, "
-        f"{total / summary.seconds:.1f} clips/s; decoded by {decoders}"
-    )
+    size = f"{summary.samples} clips in {summary.shards} shards, {summary.bytes / 1e6:.1f} MB"
+    console.print(f"{out}: {size}; decoded by {decoders}")
+    if summary.made:
+        console.print(f"{summary.made} clips in {summary.seconds:.1f} s, {summary.made / summary.seconds:.1f} clips/s")
+    if summary.made < total:
+        console.print(f"{total - summary.made} clips were there already")
     if summary.damaged:
         console.print(f'{summary.damaged} clips are damaged: only their beginning was used ("damage" in their json)')
     if summary.failed:
@@ -109,16 +166,22 @@ def report(summary: ShardSummary, out: Path, console: Console) -> int:
 
 
 def main() -> int:
+    args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the workers are ended too
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    team = join_team()
+    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=team.rank > 0)
     try:
-        return make_shards(parse_args(), console)
+        return make_shards(args, team, console)
     except KeyboardInterrupt:
-        print("interrupted: nothing usable was written; the same command starts again", file=sys.stderr)
-        return 130
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        code = 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        code = 2
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    team.end(code)
+    return code
 
 
 if __name__ == "__main__":

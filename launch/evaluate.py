@@ -15,7 +15,7 @@ from vidcls.command import command_arguments, user_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder")
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards")
+    parser.add_argument("--data", required=True, help="folder of shards, or its http(s):// or s3:// URL")
     parser.add_argument("--out", type=Path, help="where to write (default: CHECKPOINT/evaluation)")
     parser.add_argument("--batch-size", type=int, default=8, help="clips per forward and rank (default: 8)")
     parser.add_argument("--workers", type=int, default=1, help="loader processes per rank (default: 1)")

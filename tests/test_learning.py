@@ -12,7 +12,8 @@ import yaml
 
 from tests.support import launch
 from tools.make_motion_clips import make_motion_clips
-from vidcls.data.loader import Batch, ClipBatches, Request
+from vidcls.data.batch import Batch
+from vidcls.data.loader import ClipBatches, Request
 from vidcls.data.shards import ShardIndex
 from vidcls.evaluation.evaluate import predict_batches
 from vidcls.model.patches import Grid

@@ -185,7 +185,7 @@ def test_a_missing_shard_is_named(small_shards: Path, tmp_path: Path, monkeypatc
     (copy / "shard-000001.tar").unlink()
     monkeypatch.chdir(launch.ROOT)
     words = arguments(copy, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"1 of 3 shards cannot be used: shard-000001.tar is missing"):
+    with pytest.raises(ValueError, match=r"1 of 3 files cannot be used: shard-000001.tar is missing"):
         setup(load_config(words[0], words[1:]))
 
 

@@ -69,12 +69,28 @@ class ModelOptions(Section):
 
 
 class DataOptions(Section):
-    dataset: str = Field(description="folder of shards (made by tools/make_shards.py)")
+    dataset: str = Field(description="folder of shards (tools/make_shards.py), or its http(s):// or s3:// URL")
     prompt: str = Field(DEFAULT_PROMPT, description="used for clips whose shard stores no prompt")
-    video_maxlen: int = Field(128, ge=1, description="frames per clip at most, uniform over what is stored")
+    video_maxlen: int = Field(128, ge=1, description="frames per clip at most; more stored ones are thinned evenly")
+    temporal_jitter: bool = Field(
+        True, description="thin to a random frame of each part of a clip in training; false: always the middle one"
+    )
     video_max_pixels: int = Field(128 * 128, ge=28 * 28, description="height x width of a frame at most")
     video_min_pixels: int = Field(28 * 28, ge=1, description="height x width of a frame at least")
     cutoff_len: int = Field(2048, ge=8, description="longest sequence in tokens; longer is an error")
+    shuffle_shards: int | None = Field(
+        None, ge=1, description="shuffle within this many shards at a time (default: within all of them)"
+    )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        "error", description="a clip that cannot be read stops training, or is skipped; evaluation always stops"
+    )
+    max_bad_samples: float = Field(
+        0.01, ge=0, le=1, description="skipping more different clips than this share of the data set stops the run"
+    )
+    cache_dir: str | None = Field(
+        None, description="where shards of a URL are kept on each node (default: $VIDCLS_CACHE, or a temporary folder)"
+    )
+    cache_gb: float = Field(50.0, gt=0, le=10**6, description="size of that cache in 10^9 bytes")
     dataloader_num_workers: int = Field(1, ge=0, description="loader processes per rank")
 
 

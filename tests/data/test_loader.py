@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.support.forgery import forge_sample
+from tests.support.web import web
 from vidcls.config import DEFAULT_PROMPT, PromptError
-from vidcls.data.loader import (
-    Batch,
-    ClipBatches,
-    Request,
-    collate,
-    evaluation_requests,
-    prepare_clip,
-    read_batches,
-    training_requests,
-)
-from vidcls.data.order import SampleOrder, StepLayout
-from vidcls.data.shards import ShardError, ShardIndex, ShardReader
+from vidcls.data.batch import Batch, collate, prepare_clip
+from vidcls.data.codecs import FrameError, decode_frames
+from vidcls.data.frames import jittered, view
+from vidcls.data.index import ShardError, ShardIndex
+from vidcls.data.loader import ClipBatches, Request, evaluation_requests, training_requests
+from vidcls.data.order import SampleOrder, ShardWindow, StepLayout
+from vidcls.data.places import CacheSettings, LocalFolder
+from vidcls.data.reading import read_batches
+from vidcls.data.shards import ShardReader
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tiny import tiny_config, tiny_tokenizer
@@ -47,32 +49,58 @@ def same(a: Batch, b: Batch) -> bool:
     )
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 4])
 def test_batches_do_not_depend_on_the_worker_count(clips: ClipBatches, workers: int) -> None:
     requests = list(training_requests(SampleOrder(26, 1), StepLayout(6, 3, 1, 0), 0, 6))
     alone = list(read_batches(clips, requests, workers=0, pin=False))
+    # All of them kept, which is more than there is shared memory for.
     shared = list(read_batches(clips, requests, workers=workers, pin=False))
     assert len(alone) == 12
     assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+    # And each dropped before the next, which uses the same memory over and over.
+    for one, batch in zip(alone, read_batches(clips, requests, workers=workers, pin=False), strict=True):
+        assert same(one, batch)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_ranks_together_read_what_one_rank_reads(clips: ClipBatches, world: int) -> None:
-    order, steps = SampleOrder(26, 1), 4
+def pixel_digest(frames: np.ndarray) -> str:
+    return hashlib.sha256(frames.tobytes()).hexdigest()
 
-    def keys(world: int) -> list[str]:
-        per_rank = [
-            list(training_requests(order, StepLayout(12, 1, world, rank), 1, 1 + steps)) for rank in range(world)
-        ]
-        share = 12 // world
-        return [
-            clips.reader.index.keys[request.samples[0]]
-            for step in range(steps)
-            for requests in per_rank
-            for request in requests[step * share : (step + 1) * share]
-        ]
 
-    assert keys(world) == keys(1)
+def global_stream(
+    clips: ClipBatches, order: SampleOrder, *, world: int, workers: int, first: int, last: int
+) -> list[tuple[str, str]]:
+    """(key, digest of the pixels) of the clips of steps [first, last) of 12, in the order of all ranks' shares."""
+    per_rank = []
+    for rank in range(world):
+        requests = training_requests(order, StepLayout(12, 1, world, rank), first, last)
+        batches = read_batches(clips, requests, workers=workers, pin=False)
+        per_rank.append([(batch.keys[0], pixel_digest(batch.frames.numpy())) for batch in batches])
+    share = 12 // world
+    return [
+        clip for step in range(last - first) for read in per_rank for clip in read[step * share : (step + 1) * share]
+    ]
+
+
+@pytest.mark.parametrize("shards", [None, 1, 2])
+def test_the_stream_is_the_same_on_any_ranks_and_workers_and_after_a_resume(
+    small_shards: Path, encoder: PromptEncoder, shards: int | None
+) -> None:
+    index = ShardIndex.open(small_shards)
+    assert len(index.shards) == 3
+    clips = ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=2, jitter_seed=1)
+    order = SampleOrder(26, 1, None if shards is None else ShardWindow(index.shard, shards))
+    straight = global_stream(clips, order, world=1, workers=0, first=0, last=5)
+    reader = ShardReader(index)
+    for position, (key, digest) in enumerate(straight):
+        epoch, sample = order.at(position)
+        frames = decode_frames(reader.read(sample).frames, "jpg", 56, 56)
+        assert (key, digest) == (index.keys[sample], pixel_digest(frames[jittered(4, 2, 1, epoch, sample)]))
+    assert sorted(key for key, _ in straight[:26]) == sorted(index.keys)
+    for world, workers in ((2, 1), (3, 2), (6, 0), (4, 4)):
+        head = global_stream(clips, order, world=world, workers=workers, first=0, last=2)
+        assert head == straight[:24], (world, workers)
+    tail = global_stream(clips, order, world=2, workers=3, first=2, last=5)
+    assert tail == straight[24:]
 
 
 def test_a_run_resumed_at_a_step_reads_the_tail_of_the_straight_one(clips: ClipBatches) -> None:
@@ -82,17 +110,147 @@ def test_a_run_resumed_at_a_step_reads_the_tail_of_the_straight_one(clips: ClipB
 
 
 def test_frames_and_labels_are_those_of_the_shards(clips: ClipBatches) -> None:
-    from vidcls.data.decode import decode_jpegs
-
-    batch = clips[Request((3, 17))]
-    reader = ShardReader(clips.reader.index)
+    batch = clips.read(Request((3, 17)))
+    reader = ShardReader(clips.index)
     stored = [reader.read(3), reader.read(17)]
-    assert batch.keys == tuple(s.key for s in stored)
-    assert batch.labels_B.tolist() == [s.label for s in stored]
-    frames = np.concatenate([decode_jpegs(s.jpegs).reshape(-1) for s in stored])
+    assert batch.keys == tuple(s.about.key for s in stored)
+    assert batch.labels_B.tolist() == [s.about.label for s in stored]
+    frames = np.concatenate([decode_frames(s.frames, "jpg", 56, 56).reshape(-1) for s in stored])
     assert np.array_equal(batch.frames.numpy(), frames)  # 56x56 fits the patches: nothing is resized
     assert batch.grid_thw == ((2, 4, 4), (2, 4, 4))
     assert batch.weights_B.tolist() == [1.0, 1.0]
+
+
+def test_training_takes_other_frames_each_epoch_and_evaluation_the_view_it_asks_for(
+    small_shards: Path, encoder: PromptEncoder
+) -> None:
+    index = ShardIndex.open(small_shards)
+    decoded = decode_frames(ShardReader(index).read(5).frames, "jpg", 56, 56)
+
+    def read(request: Request, jitter_seed: int | None = 9) -> np.ndarray:
+        clips = ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=2, jitter_seed=jitter_seed)
+        return clips.read(request).frames.numpy()
+
+    epochs = [read(Request((5,), epochs=(epoch,))) for epoch in range(8)]
+    for epoch, frames in enumerate(epochs):
+        assert np.array_equal(frames, decoded[jittered(4, 2, 9, epoch, 5)].reshape(-1))
+    assert len({frames.tobytes() for frames in epochs}) > 1
+    middle = decoded[[1, 3]].reshape(-1)
+    assert np.array_equal(read(Request((5,), epochs=(3,)), jitter_seed=None), middle)
+    assert np.array_equal(read(Request((5,))), middle)
+    for number in range(2):
+        expected = decoded[view(4, 2, number, 2)].reshape(-1)
+        assert np.array_equal(read(Request((5,), view=number, views=2)), expected)
+
+
+def test_frames_that_are_not_used_are_not_decoded(small_shards: Path, encoder: PromptEncoder, tmp_path: Path) -> None:
+    folder = shutil.copytree(small_shards, tmp_path / "shards")
+    forge_sample(folder, spoil_frame(0))
+    index = ShardIndex.open(folder)
+    assert ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=2).read(Request((0,))).bad == ()
+    with pytest.raises(FrameError, match=rf"shard-000000.tar: {index.keys[0]}: frame 0: "):
+        ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=4).read(Request((0,)))
+
+
+def spoil_frame(number: int) -> Callable[[bytes], bytes]:
+    """A JPEG whose first bytes are gone, with a checksum that says so."""
+
+    def change(tar: bytes) -> bytes:
+        start = -1
+        for _ in range(number + 1):
+            start = tar.index(b"\xff\xd8\xff", start + 1)
+        return tar[:start] + b"\0\0\0" + tar[start + 3 :]
+
+    return change
+
+
+def flip_a_bit(folder: Path, sample: int) -> None:
+    index = ShardIndex.open(folder)
+    path = folder / index.shards[index.shard[sample]].name
+    data = bytearray(path.read_bytes())
+    data[int(index.offset[sample]) + 600] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_clip_that_cannot_be_read_is_skipped_and_changes_nothing_else(
+    small_shards: Path, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(small_shards, tmp_path / "shards")
+    forge_sample(folder, spoil_frame(2))
+    flip_a_bit(folder, 12)
+    index = ShardIndex.open(folder)
+    (folder / index.shards[2].name).unlink()
+    request = Request((0, 3, 12, 25, 4), epochs=(0,) * 5)
+    options = {"prompt": DEFAULT_PROMPT, "max_frames": 16, "skip_bad": True}
+    whole = ClipBatches(ShardIndex.open(small_shards), encoder, **options).read(request)
+    for workers in (0, 2):
+        (batch,) = read_batches(ClipBatches(index, encoder, **options), [request], workers=workers, pin=False)
+        assert batch.weights_B.tolist() == [0.0, 1.0, 0.0, 0.0, 1.0]
+        assert batch.labels_B.tolist() == [
+            label * int(w) for label, w in zip(whole.labels_B, batch.weights_B, strict=True)
+        ]
+        assert (batch.keys, batch.grid_thw) == (whole.keys, whole.grid_thw)
+        assert batch.input_ids_BL.shape == whole.input_ids_BL.shape
+        frames, expected = batch.frames.view(5, -1), whole.frames.view(5, -1)
+        assert [int(row.max()) for row in frames[[0, 2, 3]]] == [0, 0, 0]
+        assert torch.equal(frames[[1, 4]], expected[[1, 4]])
+        assert [key for key, _ in batch.bad] == [index.keys[i] for i in (0, 12, 25)]
+        for (key, reason), word in zip(batch.bad, ("frame 2", "checksum", "cannot be opened"), strict=True):
+            assert key in reason
+            assert word in reason
+
+
+def test_evaluation_stops_at_a_clip_that_cannot_be_read(
+    small_shards: Path, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(small_shards, tmp_path / "shards")
+    flip_a_bit(folder, 2)
+    index = ShardIndex.open(folder)
+    clips = ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=16)
+    requests = evaluation_requests(index, 4, 1, 0)
+    with pytest.raises(ShardError, match=rf"shard-000000.tar.*{index.keys[2]}.*checksum"):
+        list(read_batches(clips, requests, workers=1, pin=False))
+
+
+def test_shards_of_a_url_are_fetched_before_they_are_needed(
+    small_shards: Path, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    """From a cache that holds two of the three, the stream is that of local shards, and few are asked for twice."""
+    with web() as served:
+        served.files = {path.name: path.read_bytes() for path in small_shards.iterdir()}
+        sizes = [path.stat().st_size for path in small_shards.glob("*.tar")]
+        cache = CacheSettings(folder=tmp_path / "cache", max_bytes=sum(sorted(sizes)[-2:]))
+        index = ShardIndex.open(served.url, cache)
+        clips = ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=16)
+        order = SampleOrder(26, 1, ShardWindow(index.shard, 1))
+        requests = list(training_requests(order, StepLayout(2, 2, 1, 0), 0, 13))
+        local = ClipBatches(ShardIndex.open(small_shards), encoder, prompt=DEFAULT_PROMPT, max_frames=16)
+        remote = list(read_batches(clips, requests, workers=2, pin=False))
+        assert all(same(a, b) for a, b in zip(remote, map(local.read, requests), strict=True))
+        asked = {name: count for name, count in served.requests.items() if name.endswith(".tar")}
+        assert set(asked) == {shard.name for shard in index.shards}
+        assert sum(asked.values()) <= 6  # 4: an epoch, and the beginning of the next
+
+
+def test_each_change_of_shards_to_fetch_is_announced_once(small_shards: Path, encoder: PromptEncoder) -> None:
+    index = ShardIndex.open(small_shards)
+    announced: list[list[tuple[str, int, str]]] = []
+
+    class Folder(LocalFolder):
+        def prefetch(self, files: Iterable[tuple[str, int, str]]) -> None:
+            announced.append(list(files))
+
+    heard = dataclasses.replace(index, folder=Folder(small_shards))
+    clips = ClipBatches(heard, encoder, prompt=DEFAULT_PROMPT, max_frames=1)
+    order = SampleOrder(26, 1, ShardWindow(index.shard, 2))
+    for request in training_requests(order, StepLayout(1, 1, 1, 0), 0, 26):
+        clips.read(request)
+    shards = [(shard.name, shard.bytes, shard.sha256) for shard in index.shards]
+    first, second = (shards[i] for i in order.shards_ahead(0))
+    (third,) = {*shards} - {first, second}
+    assert announced[:2] == [[first, second], [first, second, third]]
+    assert announced[2][0] == third
+    assert len(announced) == 4
 
 
 def test_texts_are_padded_behind_action_only(encoder: PromptEncoder) -> None:
@@ -140,29 +298,12 @@ def test_a_prompt_that_does_not_fit_names_the_clip(small_shards: Path, encoder: 
     short = PromptEncoder(encoder.tokenizer, encoder.geometry, encoder.video_token_id, 20, 784, 3136)
     clips = ClipBatches(ShardIndex.open(small_shards), short, prompt=DEFAULT_PROMPT, max_frames=16)
     with pytest.raises(PromptError, match=r"clip 'down_clip_0000'.*needs \d+ tokens .*cutoff_len allows 20"):
-        clips[Request((0,))]
-
-
-def test_a_damaged_shard_stops_the_loader_with_shard_and_key(
-    small_shards: Path, encoder: PromptEncoder, tmp_path: Path
-) -> None:
-    import shutil
-
-    copy = tmp_path / "shards"
-    shutil.copytree(small_shards, copy)
-    index = ShardIndex.open(copy)
-    shard = copy / index.shard_names[0]
-    data = bytearray(shard.read_bytes())
-    data[int(index.offset[2]) + 600] ^= 1
-    shard.write_bytes(data)
-    clips = ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=16)
-    with pytest.raises(ShardError, match=rf"shard-000000.tar.*{index.keys[2]}.*checksum"):
-        list(read_batches(clips, [Request((0,)), Request((2,))], workers=1, pin=False))
+        clips.read(Request((0,)))
 
 
 def test_padding_batches_have_weight_zero(clips: ClipBatches) -> None:
-    requests = [evaluation_requests(5, 2, 4, rank) for rank in range(4)]
-    assert [len(r) for r in requests] == [1, 1, 1, 1]
-    padding = clips[requests[3][0]]
+    requests = [evaluation_requests(clips.index, 8, 5, rank) for rank in range(5)]
+    assert [len(r) for r in requests] == [1, 1, 1, 1, 1]
+    padding = clips.read(requests[4][0])
     assert padding.weights_B.tolist() == [0.0]
-    assert clips[requests[2][0]].weights_B.tolist() == [1.0]
+    assert clips.read(requests[3][0]).weights_B.tolist() == [1.0, 1.0]

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
+from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, Request
 from vidcls.data.order import SampleOrder
-from vidcls.data.shards import ShardIndex
 from vidcls.model.classifier import ActionClassifier
 from vidcls.model.pretrained import ModelSpec, build_encoder, build_model
 

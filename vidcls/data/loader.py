@@ -1,219 +1,172 @@
 """From shards and an order to batches of uint8 frames, token ids and positions.
 
 Workers read, decode and resize; normalising and patchifying happen on the device (model/patches.py), so that one byte
-per colour value crosses process and bus. `Batch` holds exactly what the classifier's forward takes, plus what the loss
-needs.
-
-Tensor name suffixes: B clips in the batch, L padded sequence length.
+per colour value crosses process and bus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import get_worker_info
 
-from vidcls.data.decode import decode_jpegs, resize_frames, segment_midpoints
+from vidcls.data.batch import Batch, ClipEncoder, ClipShape, EncodedText, PreparedClip, collate, seconds_per_grid
+from vidcls.data.codecs import FrameError, decode_frames
+from vidcls.data.frames import jittered, view
+from vidcls.data.index import ShardError, ShardIndex
 from vidcls.data.order import SampleOrder, StepLayout, evaluation_chunks
-from vidcls.data.shards import ShardError, ShardIndex, ShardReader
+from vidcls.data.shards import ShardReader
 
-Grid = tuple[int, int, int]
-WORKER_TIMEOUT_SECONDS = 300
-
-
-class EncodedText(Protocol):
-    """Token ids int64 [L] and rotary positions int64 [3, L]; the last token is <ACTION>."""
-
-    @property
-    def input_ids(self) -> np.ndarray: ...
-    @property
-    def position_ids(self) -> np.ndarray: ...
-
-
-class ClipEncoder(Protocol):
-    """What the loader asks of the model side (model/prompt.py provides it)."""
-
-    def frame_size(self, height: int, width: int) -> tuple[int, int]: ...
-    def grid(self, frames: int, height: int, width: int) -> Grid: ...
-    def encode(self, prompt: str, grid: Grid, seconds_per_grid: float) -> EncodedText: ...
-    @property
-    def frames_per_grid(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class PreparedClip:
-    """One clip as the model takes it: frames uint8 [T, H, W, 3] with T a multiple of the temporal patch."""
-
-    key: str
-    label: int
-    frames: np.ndarray
-    grid: Grid
-    text: EncodedText
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Several clips. Rows with weight 0 are padding: computed, never counted."""
-
-    frames: torch.Tensor  # uint8, every clip's [T, H, W, 3] raveled and joined
-    grid_thw: tuple[Grid, ...]  # patches in time, height and width, per clip, on the host
-    input_ids_BL: torch.Tensor  # right padded
-    position_ids_3BL: torch.Tensor
-    action_positions_B: torch.Tensor  # where <ACTION> stands in each row
-    labels_B: torch.Tensor
-    weights_B: torch.Tensor  # float32
-    keys: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def model_inputs(self) -> dict[str, Any]:
-        """The keyword arguments of ActionClassifier.forward."""
-        return {
-            "frames": self.frames,
-            "grid_thw": self.grid_thw,
-            "input_ids_BL": self.input_ids_BL,
-            "position_ids_3BL": self.position_ids_3BL,
-            "action_positions_B": self.action_positions_B,
-        }
-
-    def to(self, device: torch.device) -> Batch:
-        return self._each_tensor(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._each_tensor(lambda t: t.pin_memory())
-
-    def _each_tensor(self, function: Any) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
-
-
-def prepare_clip(
-    *,
-    key: str,
-    label: int,
-    frames: np.ndarray,
-    times: list[float],
-    prompt: str,
-    encoder: ClipEncoder,
-    max_frames: int,
-) -> PreparedClip:
-    """Choose frames, resize them, and lay out the text around them.
-
-    Args:
-        frames: uint8 [T, H, W, 3]; more than max_frames are thinned uniformly, an odd rest repeats its last frame (as
-            transformers' video processor does).
-        times: seconds of each frame; their mean spacing becomes the model's seconds per temporal grid.
-    """
-    if len(frames) > max_frames:
-        chosen = segment_midpoints(len(frames), max_frames)
-        frames, times = frames[chosen], [times[i] for i in chosen]
-    spacing = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
-    if missing := -len(frames) % encoder.frames_per_grid:
-        frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
-    height, width = encoder.frame_size(*frames.shape[1:3])
-    frames = resize_frames(frames, (height, width))
-    grid = encoder.grid(len(frames), height, width)
-    text = encoder.encode(prompt, grid, spacing * encoder.frames_per_grid)
-    return PreparedClip(key, label, frames, grid, text)
-
-
-def collate(clips: list[PreparedClip], weight: float = 1.0) -> Batch:
-    """Join clips of any sizes; texts are padded on the right, behind <ACTION>, where causal attention never looks."""
-    lengths = [len(clip.text.input_ids) for clip in clips]
-    # Padding repeats the row's first token: ordinary text, never <ACTION> or a video placeholder.
-    input_ids_BL = torch.empty(len(clips), max(lengths), dtype=torch.int64)
-    position_ids_3BL = torch.zeros(3, len(clips), max(lengths), dtype=torch.int64)
-    for row, (clip, length) in enumerate(zip(clips, lengths, strict=True)):
-        ids = torch.from_numpy(clip.text.input_ids)
-        input_ids_BL[row, :length] = ids
-        input_ids_BL[row, length:] = ids[0]
-        position_ids_3BL[:, row, :length] = torch.from_numpy(clip.text.position_ids)
-    return Batch(
-        frames=torch.from_numpy(np.concatenate([clip.frames.reshape(-1) for clip in clips])),
-        grid_thw=tuple(clip.grid for clip in clips),
-        input_ids_BL=input_ids_BL,
-        position_ids_3BL=position_ids_3BL,
-        action_positions_B=torch.tensor(lengths) - 1,
-        labels_B=torch.tensor([clip.label for clip in clips]),
-        weights_B=torch.full((len(clips),), weight),
-        keys=tuple(clip.key for clip in clips),
-    )
+TEXTS_KEPT = 512
 
 
 @dataclass(frozen=True)
 class Request:
-    """One micro-batch to read: sample ids, and the weight of its rows (0 for a padding batch)."""
+    """One micro-batch to read.
+
+    weight: of its rows, 0 for a padding batch. epochs: in training, the epoch of each sample, on which the choice of
+    frames depends. view: otherwise, which of `views` views of each clip (frames.view). ahead: shards to fetch.
+    """
 
     samples: tuple[int, ...]
     weight: float = 1.0
+    epochs: tuple[int, ...] | None = None
+    view: int = 0
+    views: int = 1
+    ahead: tuple[int, ...] = ()
 
 
-class ClipBatches(Dataset[Batch]):
-    """Reads a Request into a Batch; used inside the worker processes."""
+class ClipBatches:
+    """Reads a Request into a Batch, in this process (read_batches has worker processes do it).
 
-    def __init__(self, index: ShardIndex, encoder: ClipEncoder, *, prompt: str, max_frames: int) -> None:
+    max_frames: of a clip; of more, some are chosen before any is decoded. jitter_seed: training takes a random frame
+    of each part of the clip (frames.jittered); None: always the middle one. skip_bad: a clip that cannot be read
+    becomes a black one of weight 0 that Batch.bad names; otherwise it raises ShardError or FrameError.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        encoder: ClipEncoder,
+        *,
+        prompt: str,
+        max_frames: int,
+        jitter_seed: int | None = None,
+        skip_bad: bool = False,
+    ) -> None:
         self.reader = ShardReader(index)
         self.encoder = encoder
         self.prompt = prompt
         self.max_frames = max_frames
+        self.jitter_seed = jitter_seed
+        self.skip_bad = skip_bad
+        # Few texts differ: clips of one size and frame rate share theirs. They are never written to.
+        self._encode = lru_cache(maxsize=TEXTS_KEPT)(encoder.encode)
+        self._announced: tuple[int, ...] = ()
+
+    @property
+    def index(self) -> ShardIndex:
+        return self.reader.index
+
+    def shapes(self) -> set[ClipShape]:
+        """Every different shape that clips of this data set have."""
+        index = self.index
+        used = np.minimum(index.frames, self.max_frames)
+        stored = {*zip(used.tolist(), index.height.tolist(), index.width.tolist(), strict=True)}
+        return {ClipShape.of(self.encoder, *each) for each in stored}
+
+    def shape_of(self, sample: int) -> ClipShape:
+        index = self.index
+        used = min(int(index.frames[sample]), self.max_frames)
+        return ClipShape.of(self.encoder, used, int(index.height[sample]), int(index.width[sample]))
 
     def __getitem__(self, request: Request) -> Batch:
-        return collate([self._clip(sample) for sample in request.samples], request.weight)
+        return self.read(request)
 
-    def _clip(self, sample: int) -> PreparedClip:
-        stored = self.reader.read(sample)
-        index = self.reader.index
+    def read(self, request: Request, into: np.ndarray | None = None) -> Batch:
+        """The batch; its frames lie at the start of `into` (uint8), if that is given."""
+        self._announce(request.ahead)
+        shapes = [self.shape_of(sample) for sample in request.samples]
+        ends = list(itertools.accumulate(shape.bytes for shape in shapes))
+        frames = np.empty(ends[-1], dtype=np.uint8) if into is None else into[: ends[-1]]
+        clips = []
+        for row, (shape, end) in enumerate(zip(shapes, ends, strict=True)):
+            out = frames[end - shape.bytes : end].reshape(shape.shape)
+            clips.append(self._clip(request, row, shape, out))
+        return collate(clips, request.weight, frames)
+
+    def _clip(self, request: Request, row: int, shape: ClipShape, out: np.ndarray) -> PreparedClip:
+        sample, index = request.samples[row], self.index
+        key, prompt = index.keys[sample], index.prompt_of(sample) or self.prompt
         try:
-            frames = decode_jpegs(stored.jpegs)
-            if frames.shape[1:3] != (index.height[sample], index.width[sample]):
-                raise ShardError(f"frames are {frames.shape[1]}x{frames.shape[2]}, the index says otherwise")
-            return prepare_clip(
-                key=stored.key,
-                label=stored.label,
-                frames=frames,
-                times=stored.frame_times,
-                prompt=stored.prompt or self.prompt,
-                encoder=self.encoder,
-                max_frames=self.max_frames,
-            )
+            times = self._read_frames(sample, self._chosen(request, row), shape, out)
+        except (ShardError, FrameError) as error:
+            if not self.skip_bad:
+                raise
+            out[:] = 0
+            return PreparedClip(key, 0, out, shape.grid, self._text(key, prompt, shape, [0.0]), bad=str(error))
+        return PreparedClip(key, int(index.label[sample]), out, shape.grid, self._text(key, prompt, shape, times))
+
+    def _chosen(self, request: Request, row: int) -> list[int]:
+        sample = request.samples[row]
+        total = int(self.index.frames[sample])
+        if request.epochs is not None and self.jitter_seed is not None:
+            return jittered(total, self.max_frames, self.jitter_seed, request.epochs[row], sample)
+        return view(total, self.max_frames, request.view, request.views)
+
+    def _read_frames(self, sample: int, chosen: list[int], shape: ClipShape, out: np.ndarray) -> list[float]:
+        """Decode the chosen frames into `out`; returns their times."""
+        index = self.index
+        stored = self.reader.read(sample)
+        frames = [stored.frames[i] for i in chosen]
+        try:
+            size = int(index.height[sample]), int(index.width[sample])
+            into = out[: shape.used] if size == shape.shape[1:3] else None  # straight to its place if it fits
+            shape.fill(out, decode_frames(frames, index.settings.codec, *size, out=into))
+        except FrameError as error:
+            shard = index.shards[index.shard[sample]].name
+            raise FrameError(f"{index.folder.name}/{shard}: {index.keys[sample]}: {error}") from error
+        return [stored.about.frame_times[i] for i in chosen]
+
+    def _text(self, key: str, prompt: str, shape: ClipShape, times: list[float]) -> EncodedText:
+        try:
+            return self._encode(prompt, shape.grid, seconds_per_grid(times, self.encoder))
         except ValueError as error:
-            raise type(error)(f"clip {stored.key!r}: {error}") from None
+            raise type(error)(f"clip {key!r}: {error}") from None
+
+    def _announce(self, ahead: tuple[int, ...]) -> None:
+        """Have shards fetched that will be needed."""
+        if ahead == self._announced:
+            return
+        self._announced = ahead
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # Each worker begins with its own part, so that as many shards as workers are fetched at a time.
+        parts = [ahead[(number + i) % workers :: workers] for i in range(workers)]
+        shards = [self.index.shards[shard] for part in parts for shard in part]
+        self.index.folder.prefetch([(shard.name, shard.bytes, shard.sha256) for shard in shards])
 
 
 def training_requests(order: SampleOrder, layout: StepLayout, first_step: int, last_step: int) -> Iterator[Request]:
     """This rank's micro-batches of optimizer steps [first_step, last_step)."""
     for step in range(first_step, last_step):
         for micro_step in range(layout.accumulation):
-            yield Request(tuple(order.at(position)[1] for position in layout.positions(step, micro_step)))
+            positions = layout.positions(step, micro_step)
+            epochs, samples = zip(*map(order.at, positions), strict=True)
+            yield Request(samples, epochs=epochs, ahead=order.shards_ahead(positions.start))
 
 
-def evaluation_requests(samples: int, micro: int, world_size: int, rank: int) -> list[Request]:
-    """This rank's batches of one evaluation, the same number on every rank."""
-    chunks = evaluation_chunks(samples, micro, world_size, rank)
-    return [Request((0,), weight=0.0) if chunk is None else Request(tuple(chunk)) for chunk in chunks]
-
-
-def read_batches(batches: ClipBatches, requests: Iterable[Request], *, workers: int, pin: bool) -> Iterator[Batch]:
-    """Read requests in order with `workers` processes ahead of the consumer (0: in this process).
-
-    A worker that gives nothing for 300 s raises RuntimeError instead of hanging the run.
-    """
-    loader: DataLoader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=requests,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_unchanged,  # type: ignore[arg-type]
-        pin_memory=pin,
-        timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
-    )
-    return iter(loader)
-
-
-def _unchanged(batch: Batch) -> Batch:
-    return batch
+def evaluation_requests(index: ShardIndex, micro: int, world_size: int, rank: int) -> list[Request]:
+    """This rank's batches of one evaluation of every clip, the same number on every rank."""
+    requests = []
+    for chunk in evaluation_chunks(len(index), micro, world_size, rank):
+        if chunk is None:
+            requests.append(Request((0,), weight=0.0))
+        else:
+            shard = int(index.shard[chunk.start])
+            requests.append(Request(tuple(chunk), ahead=tuple(range(shard, min(shard + 2, len(index.shards))))))
+    return requests

@@ -9,18 +9,21 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vidcls import distributed
+from vidcls.data.index import ShardIndex
 from vidcls.data.labels import LabelSpace
 from vidcls.data.loader import ClipBatches
-from vidcls.data.shards import ShardIndex
 from vidcls.evaluation.evaluate import evaluate, write_results
 from vidcls.evaluation.metrics import Metrics
 from vidcls.model.pretrained import LABELS_NAME, PREPROCESSING_NAME, load_model
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, data: Path, out: Path, *, micro: int, workers: int, base: str | None = None
+    checkpoint: Path, data: str | Path, out: Path, *, micro: int, workers: int, base: str | None = None
 ) -> Metrics:
     """Evaluate and write the results; all ranks must call it, the main rank writes and prints.
+
+    Args:
+        data: folder of shards, or (as text) its http(s):// or s3:// URL, whose shards go through $VIDCLS_CACHE.
 
     Raises:
         ValueError: checkpoint or shards cannot be read, or their label spaces differ.

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from vidcls import distributed
+from vidcls.data.batch import Batch
 from vidcls.data.labels import LabelSpace
-from vidcls.data.loader import Batch, ClipBatches, evaluation_requests, read_batches
+from vidcls.data.loader import ClipBatches, evaluation_requests
+from vidcls.data.reading import read_batches
 from vidcls.evaluation.metrics import Metrics, compute_metrics
 
 METRICS_NAME = "eval.json"
@@ -66,8 +68,8 @@ def evaluate(
     Raises:
         RuntimeError: the clips seen are not exactly those of the index.
     """
-    index = clips.reader.index
-    requests = evaluation_requests(len(index), micro, distributed.world_size(), distributed.rank())
+    index = clips.index
+    requests = evaluation_requests(index, micro, distributed.world_size(), distributed.rank())
     batches = read_batches(clips, requests, workers=workers, pin=distributed.device().type != "cpu")
     gathered = distributed.gather_objects(predict_batches(model, batches, done))
     by_key = {prediction.key: prediction for part in gathered for prediction in part}

@@ -37,6 +37,16 @@ STATE_NAME = "training_state.json"
 TENSORS_NAME = "training_state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VERSIONED = ("vidcls", "torch", "deepspeed", "transformers", "peft")
+# What decides the stream of clips.
+CONTINUED = (
+    "seed",
+    "global_batch",
+    "samples",
+    "data_digest",
+    "label_fingerprint",
+    "shuffle_shards",
+    "temporal_jitter",
+)
 FOLDER_PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
@@ -52,10 +62,12 @@ class RunState:
     samples: int
     data_digest: str
     label_fingerprint: str
+    shuffle_shards: int | None = None
+    temporal_jitter: bool = True
 
     def check_continues(self, now: RunState) -> None:
         """Raise CheckpointError unless a run with state `now` would read the same stream of samples."""
-        for name in ("seed", "global_batch", "samples", "data_digest", "label_fingerprint"):
+        for name in CONTINUED:
             stored, current = getattr(self, name), getattr(now, name)
             if stored != current:
                 hint = ""

@@ -14,7 +14,7 @@ from torch import nn
 
 from vidcls import distributed
 from vidcls.config import BatchPlan, Config
-from vidcls.data.loader import Batch
+from vidcls.data.batch import Batch
 from vidcls.model.losses import cross_entropy_sum
 from vidcls.training.optimizer import build_adam, parameter_groups, set_learning_rate
 
@@ -49,8 +49,9 @@ def build_engine(config: Config, model: nn.Module, plan: BatchPlan) -> Engine:
 class StepResult:
     """Scalars of one optimizer step, left on the device so that reading them (a sync) is the caller's choice."""
 
-    loss: torch.Tensor  # this rank's mean over its clips of the step
+    loss: torch.Tensor  # this rank's mean over its clips of the step; one that could not be read counts as 0
     grad_norm: torch.Tensor | float  # global, before clipping
+    bad: tuple[tuple[str, str], ...]  # (key, reason) of this rank's clips that could not be read
 
 
 def train_step(
@@ -65,17 +66,20 @@ def train_step(
     """One optimizer step at base learning rate `rate` over `accumulation` micro-batches. All ranks must call it."""
     set_learning_rate(engine.optimizer, rate)
     total = torch.zeros((), device=engine.device)
+    bad: tuple[tuple[str, str], ...] = ()
     for micro_step in range(accumulation):
         batch = next(batches).to(engine.device)
         # Dropout follows from (seed, step, micro-step, rank) alone: a resumed run needs no generator state.
         distributed.seed_everything(_dropout_seed(seed, step, micro_step, distributed.rank()))
         logits_BC = engine(**batch.model_inputs())
-        loss_sum, weight_sum = cross_entropy_sum(logits_BC, batch.labels_B, batch.weights_B)
-        loss = loss_sum / weight_sum
+        loss_sum, _ = cross_entropy_sum(logits_BC, batch.labels_B, batch.weights_B)
+        # By all rows, not by their weights: a clip's share of the gradient must not grow when another cannot be read.
+        loss = loss_sum / len(batch)
         engine.backward(loss)  # DeepSpeed divides by the accumulation count and averages over ranks
         engine.step()
         total += loss.detach()
-    return StepResult(loss=total / accumulation, grad_norm=engine.get_global_grad_norm())
+        bad += batch.bad
+    return StepResult(loss=total / accumulation, grad_norm=engine.get_global_grad_norm(), bad=bad)
 
 
 def _dropout_seed(*numbers: int) -> int:

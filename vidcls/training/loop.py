@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from vidcls import distributed
-from vidcls.data.loader import read_batches, training_requests
-from vidcls.data.order import SampleOrder, StepLayout
+from vidcls.data.loader import training_requests
+from vidcls.data.order import StepLayout
+from vidcls.data.reading import read_batches
 from vidcls.model.backbone import lora_counts
 from vidcls.model.classifier import ActionClassifier, parameter_kind
 from vidcls.model.pretrained import LABELS_NAME, PREPROCESSING_NAME, build_model, save_model
 from vidcls.training import checkpoint
+from vidcls.training.bad_samples import BadSamples
 from vidcls.training.checkpoint import RunState
 from vidcls.training.engine import Engine, build_engine, train_step
 from vidcls.training.optimizer import learning_rate
@@ -30,13 +32,14 @@ def train(run: Run) -> Path:
     """Train to the last step; returns the last checkpoint's folder. All ranks must call it."""
     config, first = run.config, run.start.step
     layout = StepLayout(run.plan.global_, run.plan.micro, distributed.world_size(), distributed.rank())
-    requests = training_requests(SampleOrder(len(run.index), config.run.seed), layout, first, run.steps)
+    requests = training_requests(run.order, layout, first, run.steps)
     on_gpu = distributed.device().type != "cpu"
     batches = read_batches(run.clips, requests, workers=config.data.dataloader_num_workers, pin=on_gpu)
     engine = _build(run)
     clock = StepClock()
     timed = TimedIterator(batches, clock)
     log = _open_log(run, engine.module)
+    bad = BadSamples(len(run.index), config.data.max_bad_samples) if config.data.on_bad_sample == "skip" else None
     window, logged = torch.zeros((), device=engine.device), first
     last = Path()
     try:
@@ -46,6 +49,8 @@ def train(run: Run) -> Path:
                 engine, timed, accumulation=run.plan.accumulation, step=step, rate=rate, seed=config.run.seed
             )
             window += result.loss
+            if bad:
+                bad.add(result.bad)
             done = step + 1
             if log:
                 log.step(done)
@@ -53,6 +58,8 @@ def train(run: Run) -> Path:
                 loss = distributed.all_sum(window / (done - logged)).item() / distributed.world_size()
                 row = {"step": done, "loss": loss, "lr": rate, "grad_norm": float(result.grad_norm)}
                 _check_finite(row)
+                if bad:
+                    row["bad_samples"] = bad.collect()
                 rates = clock.read((done - logged) * run.plan.global_)
                 if log:
                     log.scalars({**row, **rates})
@@ -60,6 +67,8 @@ def train(run: Run) -> Path:
                 logged = done
             if done % config.run.save_steps == 0 or done == run.steps:
                 _check_finite({"step": done, "loss": window.item(), "grad_norm": float(result.grad_norm)})
+                if bad:
+                    bad.collect()
                 with clock.paused():
                     last = save_checkpoint(run, engine, done)
                 if log:

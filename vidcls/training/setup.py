@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from vidcls import distributed
-from vidcls.config import BatchPlan, Config, ConfigError, batch_plan, total_steps
+from vidcls.config import BatchPlan, Config, ConfigError, DataOptions, batch_plan, total_steps
+from vidcls.data.batch import ClipShape, Grid
+from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches
-from vidcls.data.shards import ShardIndex
+from vidcls.data.order import SampleOrder, ShardWindow, shards_that_fit
+from vidcls.data.places import CacheSettings, LocalFolder, default_cache_folder
 from vidcls.model.pretrained import ModelSpec, build_encoder, read_spec
 from vidcls.model.prompt import PromptEncoder
 from vidcls.training import checkpoint
@@ -22,6 +26,7 @@ class Run:
 
     config: Config
     index: ShardIndex
+    order: SampleOrder
     spec: ModelSpec
     clips: ClipBatches
     plan: BatchPlan
@@ -45,16 +50,25 @@ def setup(config: Config) -> Run:
     Raises:
         ValueError: a user's mistake, in one message (ConfigError, ShardError, PromptError, CheckpointError).
     """
-    index = ShardIndex.open(config.data.dataset)
+    cache = _cache_settings(config.data)
+    index = ShardIndex.open(config.data.dataset, cache)
     classes = config.model.num_action_classes
     if classes is not None and classes != len(index.labels):
         raise ConfigError(
             f"num_action_classes: {classes}, but the shards in {config.data.dataset!r} have {len(index.labels)} classes"
         )
+    order = _sample_order(config, index, cache)
     _check_attention(config.model.flash_attn)
     spec = _model_spec(config)
     encoder = build_encoder(spec)
-    clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
+    clips = ClipBatches(
+        index,
+        encoder,
+        prompt=spec.prompt,
+        max_frames=spec.video_maxlen,
+        jitter_seed=config.run.seed if config.data.temporal_jitter else None,
+        skip_bad=config.data.on_bad_sample == "skip",
+    )
     _check_texts(clips)
     distributed.start(config.run.ddp_timeout)
     plan = batch_plan(config.optim, distributed.world_size())
@@ -67,6 +81,8 @@ def setup(config: Config) -> Run:
         samples=len(index),
         data_digest=index.digest,
         label_fingerprint=index.labels.fingerprint,
+        shuffle_shards=config.data.shuffle_shards,
+        temporal_jitter=config.data.temporal_jitter,
     )
     resume = _checkpoint_to_resume(config)
     start = fresh
@@ -78,7 +94,7 @@ def setup(config: Config) -> Run:
     steps = total_steps(config.optim, len(index), plan.global_)
     if start.step >= steps:
         raise ConfigError(f"resume_from_checkpoint: {resume} has {start.step} of {steps} steps done; nothing is left")
-    return Run(config, index, spec, clips, plan, steps, resume, start)
+    return Run(config, index, order, spec, clips, plan, steps, resume, start)
 
 
 def _check_attention(flash_attn: str) -> None:
@@ -91,14 +107,40 @@ def _check_attention(flash_attn: str) -> None:
         )
 
 
+def _cache_settings(data: DataOptions) -> CacheSettings:
+    folder = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
+    return CacheSettings(folder=folder.absolute(), max_bytes=max(1, int(data.cache_gb * 10**9)))
+
+
+def _sample_order(config: Config, index: ShardIndex, cache: CacheSettings) -> SampleOrder:
+    """The order of the run; ConfigError if the shards of a URL that are needed at a time do not fit the cache."""
+    shuffled = config.data.shuffle_shards
+    if not isinstance(index.folder, LocalFolder):
+        sizes = [shard.bytes for shard in index.shards]
+        fits = shards_that_fit(sizes, cache.max_bytes)
+        if min(shuffled or len(sizes), len(sizes)) > fits:
+            largest = sum(sorted(sizes)[-2:]) / 10**9
+            raise ConfigError(
+                f"shuffle_shards: {shuffled}, of {len(sizes)} shards with {sum(sizes) / 10**9:.3g} GB; two windows of "
+                f"that many shards must fit cache_gb ({config.data.cache_gb:g}) together: "
+                + (f"at most {fits} do" if fits else f"not even two shards do, which take {largest:.3g}")
+            )
+        # A window even if it holds all shards: it is what tells the loader which shards to fetch.
+        shuffled = shuffled or len(sizes)
+    window = None if shuffled is None else ShardWindow(index.shard, shuffled)
+    return SampleOrder(len(index), config.run.seed, window)
+
+
 def _check_texts(clips: ClipBatches) -> None:
-    """Encode every different pair of prompt and frame size: none may be malformed or longer than cutoff_len."""
-    index, encoder = clips.reader.index, clips.encoder
-    frames = min(index.settings.frames, clips.max_frames)
-    prompts = index.prompts or (None,) * len(index)
-    for prompt, height, width in {*zip(prompts, index.height.tolist(), index.width.tolist(), strict=True)}:
-        grid = encoder.grid(frames, *encoder.frame_size(height, width))
-        encoder.encode(prompt or clips.prompt, grid, 1.0)
+    """Encode each different prompt with the largest video that it stands with: none may be malformed or too long."""
+    index, encoder = clips.index, clips.encoder
+    largest: dict[int, Grid] = {}
+    rows = zip(index.prompt.tolist(), index.frames.tolist(), index.height.tolist(), index.width.tolist(), strict=True)
+    for prompt, frames, height, width in {*rows}:
+        grid = ClipShape.of(encoder, min(frames, clips.max_frames), height, width).grid
+        largest[prompt] = max(largest.get(prompt, grid), grid, key=math.prod)
+    for prompt, grid in largest.items():
+        encoder.encode(clips.prompt if prompt < 0 else index.prompts[prompt], grid, 1.0)
 
 
 def _check_same_model(stored: ModelSpec, now: ModelSpec) -> None:

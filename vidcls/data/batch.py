@@ -1,0 +1,186 @@
+"""Clips side by side: what crosses the border between the data and the model.
+
+`Batch` holds exactly what the classifier's forward takes, plus what the loss needs.
+
+Tensor name suffixes: B clips in the batch, L padded sequence length. Shapes: T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from vidcls.data.codecs import resize_frames
+from vidcls.data.frames import view
+
+Grid = tuple[int, int, int]
+
+
+class EncodedText(Protocol):
+    """Token ids int64 [L] and rotary positions int64 [3, L]; the last token is <ACTION>."""
+
+    @property
+    def input_ids(self) -> np.ndarray: ...
+    @property
+    def position_ids(self) -> np.ndarray: ...
+
+
+class ClipEncoder(Protocol):
+    """What the loader asks of the model side (model/prompt.py provides it)."""
+
+    def frame_size(self, height: int, width: int) -> tuple[int, int]: ...
+    def grid(self, frames: int, height: int, width: int) -> Grid: ...
+    def encode(self, prompt: str, grid: Grid, seconds_per_grid: float) -> EncodedText: ...
+    @property
+    def frames_per_grid(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """How a clip lies in a batch: frames [T, H, W, 3] with T a multiple of the temporal patch.
+
+    used: the frames that are the clip's own, at the front; the others repeat the last one, as transformers' video
+    processor does.
+    """
+
+    used: int
+    shape: tuple[int, int, int, int]
+    grid: Grid
+
+    @classmethod
+    def of(cls, encoder: ClipEncoder, used: int, height: int, width: int) -> ClipShape:
+        """For `used` frames that are stored as height x width pixels."""
+        frames = used + -used % encoder.frames_per_grid
+        size = encoder.frame_size(height, width)
+        return cls(used, (frames, *size, 3), encoder.grid(frames, *size))
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape)
+
+    def fill(self, out: np.ndarray, frames: np.ndarray) -> None:
+        """Write the clip's own frames [used, h, w, 3], resized, and their repetitions into uint8 `out` (`shape`).
+
+        `frames` may be those of `out` itself.
+        """
+        own = out[: self.used]
+        if not np.may_share_memory(own, frames):
+            own[:] = resize_frames(frames, (self.shape[1], self.shape[2]))
+        out[self.used :] = out[self.used - 1]
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """One clip as the model takes it: frames uint8 [T, H, W, 3] with T a multiple of the temporal patch.
+
+    bad: why it could not be read; its frames are black then, and its weight is 0.
+    """
+
+    key: str
+    label: int
+    frames: np.ndarray
+    grid: Grid
+    text: EncodedText
+    bad: str | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Several clips. Rows with weight 0 are padding: computed, never counted."""
+
+    frames: torch.Tensor  # uint8, every clip's [T, H, W, 3] raveled and joined
+    grid_thw: tuple[Grid, ...]  # patches in time, height and width, per clip, on the host
+    input_ids_BL: torch.Tensor  # right padded
+    position_ids_3BL: torch.Tensor
+    action_positions_B: torch.Tensor  # where <ACTION> stands in each row
+    labels_B: torch.Tensor
+    weights_B: torch.Tensor  # float32
+    keys: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...] = ()  # (key, reason) of rows that could not be read: black, label 0, weight 0
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """The keyword arguments of ActionClassifier.forward."""
+        return {
+            "frames": self.frames,
+            "grid_thw": self.grid_thw,
+            "input_ids_BL": self.input_ids_BL,
+            "position_ids_3BL": self.position_ids_3BL,
+            "action_positions_B": self.action_positions_B,
+        }
+
+    def to(self, device: torch.device) -> Batch:
+        return self._each_tensor(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._each_tensor(lambda t: t.pin_memory())
+
+    def _each_tensor(self, function: Any) -> Batch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+
+def prepare_clip(
+    *,
+    key: str,
+    label: int,
+    frames: np.ndarray,
+    times: list[float],
+    prompt: str,
+    encoder: ClipEncoder,
+    max_frames: int,
+) -> PreparedClip:
+    """Choose frames, resize them, and lay out the text around them.
+
+    Args:
+        frames: uint8 [T, H, W, 3]; more than max_frames are thinned uniformly (frames.view).
+        times: seconds of each frame; their mean spacing becomes the model's seconds per temporal grid.
+    """
+    chosen = view(len(frames), max_frames)
+    shape = ClipShape.of(encoder, len(chosen), *frames.shape[1:3])
+    pixels = np.empty(shape.shape, dtype=np.uint8)
+    shape.fill(pixels, frames[chosen])
+    text = encoder.encode(prompt, shape.grid, seconds_per_grid([times[i] for i in chosen], encoder))
+    return PreparedClip(key, label, pixels, shape.grid, text)
+
+
+def seconds_per_grid(times: list[float], encoder: ClipEncoder) -> float:
+    """The mean time between two steps of a clip's temporal grid, from its frames' times in seconds."""
+    spacing = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    return spacing * encoder.frames_per_grid
+
+
+def collate(clips: list[PreparedClip], weight: float = 1.0, frames: np.ndarray | None = None) -> Batch:
+    """Join clips of any sizes; texts are padded on the right, behind <ACTION>, where causal attention never looks.
+
+    Args:
+        frames: the clips' frames one behind the other, uint8, if they lie so already.
+    """
+    if frames is None:
+        frames = np.concatenate([clip.frames.reshape(-1) for clip in clips])
+    lengths = np.array([len(clip.text.input_ids) for clip in clips])
+    # Padding repeats the row's first token: ordinary text, never <ACTION> or a video placeholder.
+    input_ids_BL = np.empty((len(clips), lengths.max()), dtype=np.int64)
+    position_ids_3BL = np.zeros((3, len(clips), lengths.max()), dtype=np.int64)
+    for row, (clip, length) in enumerate(zip(clips, lengths, strict=True)):
+        input_ids_BL[row, :length] = clip.text.input_ids
+        input_ids_BL[row, length:] = clip.text.input_ids[0]
+        position_ids_3BL[:, row, :length] = clip.text.position_ids
+    weights_B = np.array([0.0 if clip.bad else weight for clip in clips], dtype=np.float32)
+    return Batch(
+        frames=torch.from_numpy(frames),
+        grid_thw=tuple(clip.grid for clip in clips),
+        input_ids_BL=torch.from_numpy(input_ids_BL),
+        position_ids_3BL=torch.from_numpy(position_ids_3BL),
+        action_positions_B=torch.from_numpy(lengths - 1),
+        labels_B=torch.tensor([clip.label for clip in clips]),
+        weights_B=torch.from_numpy(weights_B),
+        keys=tuple(clip.key for clip in clips),
+        bad=tuple((clip.key, clip.bad) for clip in clips if clip.bad),
+    )

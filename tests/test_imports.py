@@ -20,10 +20,10 @@ SOURCES = {
 }
 # Each part may import those of the rows above it and itself; parts of one row never import each other.
 ROWS = (
-    ("vidcls.config", "vidcls.manifest", "vidcls.ops"),
+    ("vidcls.config", "vidcls.geometry", "vidcls.manifest", "vidcls.ops"),
     ("vidcls.distributed", "vidcls.command"),
     ("vidcls.data", "vidcls.model"),
-    ("vidcls.training",),
+    ("vidcls.training", "vidcls.sharding", "vidcls.inspection"),
     ("vidcls.evaluation",),
     ("vidcls.export", "vidcls.predict"),
     ("launch", "tools", "benchmarks"),

@@ -51,12 +51,13 @@ def test_loader(videos: Path, tmp_path: Path) -> None:
     results = written(out, run("loader", "--videos", videos, *options, "--remote", "--json", out))
     assert [ratio["name"] for ratio in results["ratios"]] == [
         "loader / ceiling (bare simplejpeg)",
-        "the same by CPU time",
+        "loader / ceiling, by CPU time",
+        "loader / batches (simplejpeg, kept)",
         "loader / webdataset",
         "loader / decord on the fly",
     ]
     assert results["cpu_milliseconds_per_clip"].keys() == results["clips_per_second"].keys()
-    assert results["clips_per_second"].keys() == {"ceiling", "loader", "webdataset", "decord"}
+    assert results["clips_per_second"].keys() == {"ceiling", "batches", "loader", "webdataset", "decord"}
     assert len(results["memory"]["bytes"]) == 2 * 20
     assert results["big_index"].keys() >= {"samples", "open_seconds", "resume_seconds", "growth_bytes"}
     assert all(rate["median"] > 0 for rate in results["remote_clips_per_second"].values())

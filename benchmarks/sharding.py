@@ -1,6 +1,6 @@
 """How much of the machine's bare decoding speed does making shards keep?
 
-    python benchmarks/sharding.py [--videos DIR] [--clips 120] [--workers N] [--rounds 9]
+    python benchmarks/sharding.py [--videos DIR] [--clips 120] [--workers N] [--rounds 7]
 
 The ceiling: N plain processes decode, resize and encode a static share of the clips each and throw the result away;
 they are running and warm before the clock starts. Against it stands write_shards with N workers: the whole data set,
@@ -10,8 +10,10 @@ which takes as long for ten clips as for a million, so there are two figures:
     steady    clips after the first tenth, from the tenth's last clip to the return of write_shards
     command   all clips, from the call to the return: start-up of the workers and their imports included
 
-The ceiling decodes the same clips that `steady` counts. Both are done for frames with a short side of 128 and for
-frames of at most --max-pixels. DIR holds <Class>/<clips>; without it, synthetic H.264 clips of 240x240 are made.
+The ceiling decodes the clips that `steady` counts. Beside `steady` stands the same by the CPU time that all processes
+spent on those clips, which other programs on the machine disturb less. Everything is done for frames with a short side
+of 128 and for frames of at most --max-pixels. DIR holds <Class>/<clips>; without it, synthetic H.264 clips of 240x240
+are made.
 Exit codes: 0 done (a missed bar is said, not an error), 2 wrong options or data.
 """
 
@@ -25,12 +27,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 from rounds import RESULTS, Ratio, Spread, clips_of, conditions, show_ratios, table, take_turns, write_json
 
 from vidcls.data.codecs import encode_frames
@@ -48,28 +52,43 @@ COSTED_CLIPS = 60
 
 @dataclass(frozen=True)
 class Written:
-    """One call of write_shards; clips/s, and seconds until the first clip was there."""
+    """One call of write_shards; clips/s, seconds until the first clip was there, and CPU seconds of all processes."""
 
     steady: float
     command: float
     start_up: float
+    cpu: float
 
 
 def write(plan: Plan, out: Path, workers: int, warm: int) -> Written:
     """`warm`: the clips that the steady rate leaves out."""
     arrived: list[float] = []
+    cpu_before = _cpu_with_ended_workers()
     started = time.perf_counter()
     write_shards(plan, out, workers=workers, progress=lambda *_: arrived.append(time.perf_counter()))
     ended = time.perf_counter()
     shutil.rmtree(out)
     clips = len(plan.records)
     steady = (clips - warm) / (ended - arrived[warm - 1])
-    return Written(steady, clips / (ended - started), arrived[0] - started)
+    cpu = _cpu_with_ended_workers() - cpu_before
+    return Written(steady, clips / (ended - started), arrived[0] - started, cpu)
+
+
+def _cpu_with_ended_workers() -> float:
+    """CPU seconds of this process and of the workers that its fork server has had and has seen the end of."""
+    time.sleep(0.2)  # until it has
+    used = [psutil.Process().cpu_times()[:2]]
+    for child in psutil.Process().children():
+        if any("forkserver" in word for word in child.cmdline()):
+            used.append(child.cpu_times()[:4])
+    return sum(map(sum, used))
 
 
 @contextmanager
-def bare_decoders(records: Sequence[ClipRecord], workers: int) -> Iterator[Callable[[DecodeSettings], float]]:
-    """Gives a function that has the processes go through all the clips once: clips/s."""
+def bare_decoders(
+    records: Sequence[ClipRecord], workers: int
+) -> Iterator[Callable[[DecodeSettings], tuple[float, float]]]:
+    """Gives a function that has the processes go through all the clips once: clips/s, and CPU seconds."""
     context = multiprocessing.get_context("forkserver")
     with ExitStack() as stack:
         pipes = []
@@ -84,13 +103,12 @@ def bare_decoders(records: Sequence[ClipRecord], workers: int) -> Iterator[Calla
         for pipe in pipes:
             pipe.recv()
 
-        def run(settings: DecodeSettings) -> float:
+        def run(settings: DecodeSettings) -> tuple[float, float]:
             started = time.perf_counter()
             for pipe in pipes:
                 pipe.send(settings)
-            for pipe in pipes:
-                pipe.recv()
-            return len(records) / (time.perf_counter() - started)
+            cpu = sum(pipe.recv() for pipe in pipes)
+            return len(records) / (time.perf_counter() - started), cpu
 
         yield run
 
@@ -104,9 +122,10 @@ def _decode_share(pipe: Connection, records: Sequence[ClipRecord]) -> None:
             settings = pipe.recv()
         except EOFError:
             return
+        started = time.process_time()
         for record in records:
             _decode_one(record, settings)
-        pipe.send(None)
+        pipe.send(time.process_time() - started)
 
 
 def _decode_one(record: ClipRecord, settings: DecodeSettings) -> None:
@@ -148,6 +167,7 @@ def compare(
     """Ratios against the ceiling, and the rates (clips/s) and start-up times (s) that they come from."""
     warm = max(workers, len(records) // 10)
     written: dict[str, list[Written]] = {name: [] for name in variants}
+    cpu: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in variants}
     with (
         tempfile.TemporaryDirectory(prefix="vidcls-sharding-") as folder,
         bare_decoders(records[warm:], workers) as decode_all,
@@ -155,19 +175,27 @@ def compare(
         outs = (Path(folder) / f"shards-{number}" for number in count())
 
         def write_variant(name: str) -> float:
-            plan = Plan(records, labels, variants[name], SAMPLES_PER_SHARD)
-            written[name].append(write(plan, next(outs), workers, warm))
+            few, every = (Plan(some, labels, variants[name], SAMPLES_PER_SHARD) for some in (records[:warm], records))
+            start = write(few, next(outs), workers, 1)  # only for its CPU time, most of it imports
+            written[name].append(write(every, next(outs), workers, warm))
+            cpu[name][1].append(written[name][-1].cpu - start.cpu)
             return written[name][-1].steady
 
+        def decode_variant(name: str) -> float:
+            rate, seconds = decode_all(variants[name])
+            cpu[name][0].append(seconds)
+            return rate
+
         contestants: dict[str, Callable[[], float]] = {}
-        for name, settings in variants.items():
-            contestants[f"{name}: ceiling"] = lambda settings=settings: decode_all(settings)  # type: ignore[misc]
-            contestants[f"{name}: steady"] = lambda name=name: write_variant(name)  # type: ignore[misc]
+        for name in variants:
+            contestants[f"{name}: ceiling"] = partial(decode_variant, name)
+            contestants[f"{name}: steady"] = partial(write_variant, name)
         rates = take_turns(contestants, rounds)
     ratios, spreads = [], {name: Spread.of(values) for name, values in rates.items()}
     for name, calls in written.items():
         ceiling = rates[f"{name}: ceiling"]
         ratios.append(Ratio.of(f"{name}: steady / ceiling", rates[f"{name}: steady"], ceiling, BAR))
+        ratios.append(Ratio.of(f"{name}: steady / ceiling, by CPU time", *cpu[name]))
         ratios.append(Ratio.of(f"{name}: command / ceiling", [call.command for call in calls], ceiling))
         spreads[f"{name}: command"] = Spread.of([call.command for call in calls])
         spreads[f"{name}: start-up, s"] = Spread.of([call.start_up for call in calls])
@@ -182,7 +210,7 @@ def main() -> int:
     parser.add_argument("--videos", type=Path, help="folder of <Class>/<clips>; synthetic clips without it")
     parser.add_argument("--clips", type=int, default=120, help="per round; videos are used again if there are fewer")
     parser.add_argument("--workers", type=int, default=cores, help=f"processes of each side (default: {cores}, cores)")
-    parser.add_argument("--rounds", type=int, default=9, help="in which all take turns (default: 9)")
+    parser.add_argument("--rounds", type=int, default=7, help="in which all take turns (default: 7)")
     parser.add_argument("--max-pixels", type=int, default=128 * 128, help="of the second variant (default: 128 x 128)")
     parser.add_argument("--json", type=Path, default=RESULTS / "sharding.json", help="where the figures go")
     args = parser.parse_args()

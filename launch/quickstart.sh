@@ -43,6 +43,7 @@ for split in train test; do
   # 3: some clips cannot be decoded; they are listed, and the others are there
   [ $code = 0 ] || [ $code = 3 ] || exit $code
 done
+python tools/inspect_shards.py "$run/shards/train" --html "$run/clips.html" | grep '^page'
 
 say "3/5 training on $ranks ranks (the first time, DeepSpeed compiles its optimizer: one to four minutes)"
 launch launch/train.py launch/recipes/quickstart.yaml dataset="$run/shards/train" output_dir="$run/train"
@@ -54,14 +55,16 @@ launch launch/evaluate.py "$checkpoint" --data "$run/shards/test" --out "$run/ev
 say "5/5 predicting one video that was never trained on"
 clip=$(python - "$run/shards/test" "$videos" <<'PYTHON'
 import sys
-from vidcls.data.shards import ShardIndex, ShardReader
-print(f"{sys.argv[2]}/{ShardReader(ShardIndex.open(sys.argv[1])).read(0).source}")
+from vidcls.data.index import ShardIndex
+from vidcls.data.shards import ShardReader
+print(f"{sys.argv[2]}/{ShardReader(ShardIndex.open(sys.argv[1])).read(0).about.source}")
 PYTHON
 )
 python launch/predict.py "$checkpoint" "$clip"
 
 say "done; look at"
 cat <<TEXT
+  $run/clips.html                     what the model was shown, class by class: open it in a browser
   $run/train/training_loss.png        the loss as a picture
   $run/train/train_log.jsonl          loss, learning rate, gradient norm, speed, by step
   $checkpoint    adapter, head, <ACTION>, tokenizer, and all that a resume needs

@@ -28,6 +28,7 @@ def test_a_folder_of_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "1 of 37 clips failed" in done.output or "clips failed, see" in done.output
     assert json.loads((run / "evaluation" / "eval.json").read_text())["seen"] in (12, 13)
     assert (run / "train" / "training_loss.png").is_file()
+    assert (run / "clips.html").is_file()
     assert (run / "kept.txt").is_file()
     assert "== done; look at" in done.output
     assert "Traceback" not in done.output

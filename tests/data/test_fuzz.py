@@ -61,6 +61,9 @@ class Memory:
         os.write(descriptor, self.files[file])
         return descriptor
 
+    def mend(self, file: str, size: int, sha256: str) -> bool:
+        return False
+
     def prefetch(self, files: Iterable[tuple[str, int, str]]) -> None:
         pass
 

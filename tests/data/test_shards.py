@@ -13,6 +13,7 @@ from tests.support.clips import class_folder
 from tests.support.forgery import forge, forge_sample
 from vidcls.data.codecs import decode_frames
 from vidcls.data.index import ShardError, ShardIndex
+from vidcls.data.places import LocalFolder
 from vidcls.data.settings import DecodeSettings
 from vidcls.data.shards import ShardReader
 from vidcls.sharding.readers.folder import read_folder
@@ -78,6 +79,28 @@ def test_every_flipped_byte_of_a_sample_is_found(shards: Path) -> None:
         with pytest.raises(ShardError, match=r"shard-000000.tar: a_clip1: checksum differs"):
             ShardReader(index).read(1)
         ShardReader(index).read(0)
+
+
+@pytest.mark.parametrize("healed", [True, False])
+def test_damaged_copy_that_can_be_fetched_again_is(shards: Path, healed: bool) -> None:
+    whole = (shards / "shard-000000.tar").read_bytes()
+    (shards / "shard-000000.tar").write_bytes(whole[:700] + bytes([whole[700] ^ 1]) + whole[701:])
+    asked = []
+
+    class Copies(LocalFolder):
+        def mend(self, file: str, size: int, sha256: str) -> bool:
+            asked.append(file)
+            if healed:
+                (shards / file).write_bytes(whole)
+            return True
+
+    reader = ShardReader(ShardIndex.read(Copies(shards)))
+    if healed:
+        assert reader.read(0).about.key == "a_clip0"
+    else:
+        with pytest.raises(ShardError, match="a_clip0: checksum differs"):
+            reader.read(0)
+    assert asked == ["shard-000000.tar"]
 
 
 def test_shard_cut_or_removed_after_opening_is_found(shards: Path) -> None:

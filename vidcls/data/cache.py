@@ -99,6 +99,20 @@ class ShardCache:
         except OSError as error:
             raise _disk_error(self.settings.folder, error) from error
 
+    def drop_damaged(self, sha256: str, size: int) -> bool:
+        """Remove the shard of that digest if its bytes do not have it any more; whether it was removed."""
+        path = self.settings.folder / f"{sha256}.tar"
+        try:
+            if (descriptor := _open_whole(path, size)) is None:
+                return True
+            with os.fdopen(descriptor, "rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() == sha256:
+                    return False
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise _disk_error(self.settings.folder, error) from error
+        return True
+
     def _open(self, sha256: str, size: int, name: str, fill: Callable[[Part], None]) -> int:
         path, part = (self.settings.folder / f"{sha256}.{suffix}" for suffix in ("tar", "part"))
         # First without looking at the folder: this is the path that every read takes.

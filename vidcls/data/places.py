@@ -43,6 +43,9 @@ class ShardFolder(Protocol):
         Blocks while the shard is fetched, if it has to be, and then its size and sha256 (lower-case hex) are checked.
         """
 
+    def mend(self, file: str, size: int, sha256: str) -> bool:
+        """Whether the local copy of the shard was damaged; it is dropped then, and `open` fetches another."""
+
     def prefetch(self, files: Iterable[tuple[str, int, str]]) -> None:
         """Starts to fetch these (file, size, sha256) in this order, and forgets what an earlier call still waits for.
 
@@ -105,6 +108,10 @@ class LocalFolder:
             return os.open(path, os.O_RDONLY)
         except OSError as error:
             raise PlaceError(f"{path}: cannot be opened ({error.strerror})") from error
+
+    def mend(self, file: str, size: int, sha256: str) -> bool:
+        """There is no other copy."""
+        return False
 
     def prefetch(self, files: Iterable[tuple[str, int, str]]) -> None:
         """The files are here already."""

@@ -62,6 +62,9 @@ class RemoteFolder:
         url = self._url(file)
         return self._cache.open(sha256, size, url, lambda part: self._download(url, sha256, part))
 
+    def mend(self, file: str, size: int, sha256: str) -> bool:
+        return self._cache.drop_damaged(sha256, size)
+
     def prefetch(self, files: Iterable[tuple[str, int, str]]) -> None:
         process = self._here()
         with process.lock:

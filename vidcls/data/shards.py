@@ -98,15 +98,23 @@ class ShardReader:
 
     def _read_range(self, sample: int) -> bytes:
         shard = self.index.shards[self.index.shard[sample]]
+        place = shard.name, shard.bytes, shard.sha256
+        data = self._read_bytes(sample, place)
+        if zlib.crc32(data) == self.index.crc32[sample]:
+            return data
+        if self.index.folder.mend(*place):
+            data = self._read_bytes(sample, place)
+            if zlib.crc32(data) == self.index.crc32[sample]:
+                return data
+        raise ShardError("checksum differs from the index: the shard was changed or is damaged")
+
+    def _read_bytes(self, sample: int, place: tuple[str, int, str]) -> bytes:
         # pread, not mmap: a disk error or a file cut short is an exception here, not a SIGBUS without a name.
-        descriptor = self.index.folder.open(shard.name, shard.bytes, shard.sha256)
+        descriptor = self.index.folder.open(*place)
         try:
-            data = os.pread(descriptor, int(self.index.size[sample]), int(self.index.offset[sample]))
+            return os.pread(descriptor, int(self.index.size[sample]), int(self.index.offset[sample]))
         finally:
             os.close(descriptor)
-        if zlib.crc32(data) != self.index.crc32[sample]:
-            raise ShardError("checksum differs from the index: the shard was changed or is damaged")
-        return data
 
     def parse(self, sample: int, data: bytes) -> StoredSample:
         """Sample `sample` from its bytes in the tar; ShardError unless they are what the index promises."""

@@ -21,7 +21,7 @@ SOURCES = {
 # Each part may import those of the rows above it and itself; parts of one row never import each other.
 ROWS = (
     ("vidcls.config", "vidcls.geometry", "vidcls.manifest", "vidcls.ops"),
-    ("vidcls.distributed", "vidcls.command"),
+    ("vidcls.distributed", "vidcls.command", "vidcls.progress"),
     ("vidcls.data", "vidcls.model"),
     ("vidcls.training", "vidcls.sharding", "vidcls.inspection"),
     ("vidcls.evaluation",),

@@ -16,17 +16,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vidcls.data.index import ShardError, ShardIndex
 from vidcls.inspection.overview import Overview
+from vidcls.progress import progress_bar
 
 if TYPE_CHECKING:  # what only some options need is imported by them: the numbers alone come at once
     from vidcls.inspection.similarity import Match
@@ -34,7 +32,6 @@ if TYPE_CHECKING:  # what only some options need is imported by them: the number
 BAR_WIDTH = 30
 ROWS = 10  # of a histogram
 PAIRS_SHOWN = 10  # of each reason; --json has more
-PLAIN_LINE_SECONDS = 10.0
 
 
 def parse_args() -> argparse.Namespace:
@@ -196,24 +193,6 @@ def compare(args: argparse.Namespace, index: ShardIndex, console: Console) -> tu
     if not found:
         console.print("no clip is there twice" if itself else f"no clip in common with {args.against}")
     return found, unread
-
-
-@contextmanager
-def progress_bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, now and then a line elsewhere."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        last_line = time.monotonic()
-
-        def progress(done: int, of: int) -> None:
-            nonlocal last_line
-            bar.update(task, completed=done, total=of)
-            if not console.is_terminal and time.monotonic() - last_line >= PLAIN_LINE_SECONDS:
-                last_line = time.monotonic()
-                console.print(f"{done}/{of} {what}")
-
-        yield progress
 
 
 def _write_json(out: Path | None, result: dict[str, Any]) -> None:

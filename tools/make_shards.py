@@ -16,16 +16,13 @@ import argparse
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vidcls.data.index import FAILED
 from vidcls.data.settings import LOSSY, SUFFIXES, DecodeSettings
+from vidcls.progress import progress_bar
 from vidcls.sharding.readers import folder, sharegpt, ssv2, table, ucf101
 from vidcls.sharding.records import check_present, read_prompts, with_prompts
 from vidcls.sharding.team import Team, join_team
@@ -39,7 +36,6 @@ READERS = {
     "sharegpt": (sharegpt, "ShareGPT JSON with action_label, as of LLaMA-Factory"),
 }
 MAX_FAILED = 0.01
-PLAIN_LINE_SECONDS = 10.0
 DEFAULT = DecodeSettings()
 MAX_PIXELS = 128 * 128  # as video_max_pixels in training
 
@@ -115,38 +111,17 @@ def make_shards(args: argparse.Namespace, team: Team, console: Console) -> int:
     plan: Plan = team.share(plan_of(args) if team.rank == 0 else None)
     hosts = f" in each of {team.size} processes" if team.size > 1 else ""
     console.print(f"{len(plan.records)} clips of {len(plan.labels)} classes, {args.workers} workers{hosts}")
-    with progress_bar(console, "this process" if team.size > 1 else "clips") as progress:
+    with progress_bar(console, "clips of this process" if team.size > 1 else "clips") as show:
         summary = write_shards(
             plan,
             args.out,
             workers=args.workers,
             clip_timeout=args.clip_timeout,
             overwrite=args.overwrite,
-            progress=progress,
+            progress=lambda done, failed, of: show(done, of, f"{failed} failed"),
             team=team,
         )
     return report(summary, args.out, console)
-
-
-@contextmanager
-def progress_bar(console: Console, what: str) -> Iterator[Callable[[int, int, int], None]]:
-    """A bar on a terminal, now and then a line elsewhere."""
-    columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, note="")
-        started = last_line = time.monotonic()
-
-        def progress(done: int, failed: int, of: int) -> None:
-            nonlocal last_line
-            now = time.monotonic()
-            rate = done / (now - started)
-            note = f"{rate:.1f} clips/s, {failed} failed"
-            bar.update(task, completed=done, total=of, note=note)
-            if not console.is_terminal and now - last_line >= PLAIN_LINE_SECONDS:
-                last_line = now
-                console.print(f"{done}/{of} {what}, {note}, {(of - done) / rate:.0f} s left")
-
-        yield progress
 
 
 def report(summary: ShardSummary, out: Path, console: Console) -> int:

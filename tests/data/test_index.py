@@ -1,6 +1,5 @@
 import hashlib
 import os
-import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -9,36 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.clips import class_folder
 from tests.support.forgery import forge
 from vidcls.data.index import COLUMNS, ShardError, ShardIndex, Texts, pack_table
 from vidcls.data.settings import DecodeSettings
-from vidcls.sharding.readers.folder import read_folder
-from vidcls.sharding.writer import Plan, write_shards
-
-SETTINGS = DecodeSettings(frames=4, short_side=32, quality=90)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6 clips of 2 classes in 2 shards."""
-    folder = tmp_path_factory.mktemp("made")
-    labels, records = read_folder(class_folder(folder / "videos"))
-    write_shards(Plan(records, labels, SETTINGS, 4), folder / "shards", workers=0)
-    return folder / "shards"
-
-
-@pytest.fixture
-def shards(made: Path, tmp_path: Path) -> Path:
-    """A copy of its own for each test."""
-    return Path(shutil.copytree(made, tmp_path / "shards"))
 
 
 def test_index(shards: Path) -> None:
     index = ShardIndex.open(shards)
     assert len(index) == 6
     assert index.labels.names == ("a", "b")
-    assert index.settings == SETTINGS
+    assert index.settings == DecodeSettings(frames=4, short_side=32)
     assert list(index.keys) == [f"{name}_clip{i}" for name in "ab" for i in range(3)]
     assert (index.keys[5], index.keys[-1], index.keys[1:3]) == ("b_clip2", "b_clip2", ["a_clip1", "a_clip2"])
     assert index.label.tolist() == [0, 0, 0, 1, 1, 1]

@@ -1,7 +1,6 @@
 import json
 import os
 import pickle
-import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -9,32 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.clips import class_folder
 from tests.support.forgery import forge, forge_sample
 from vidcls.data.codecs import decode_frames
 from vidcls.data.index import ShardError, ShardIndex
 from vidcls.data.places import LocalFolder
-from vidcls.data.settings import DecodeSettings
 from vidcls.data.shards import ShardReader
-from vidcls.sharding.readers.folder import read_folder
-from vidcls.sharding.writer import Plan, write_shards
-
-SETTINGS = DecodeSettings(frames=4, short_side=32, quality=90)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """6 clips of 2 classes in 2 shards."""
-    folder = tmp_path_factory.mktemp("made")
-    labels, records = read_folder(class_folder(folder / "videos"))
-    write_shards(Plan(records, labels, SETTINGS, 4), folder / "shards", workers=0)
-    return folder / "shards"
-
-
-@pytest.fixture
-def shards(made: Path, tmp_path: Path) -> Path:
-    """A copy of its own for each test."""
-    return Path(shutil.copytree(made, tmp_path / "shards"))
 
 
 def test_samples_are_what_tarfile_finds(shards: Path) -> None:

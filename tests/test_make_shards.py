@@ -156,7 +156,7 @@ def test_interrupted_run_leaves_no_process_and_goes_on(tmp_path: Path, sent: sig
 
 @pytest.mark.launch
 def test_killed_at_random_points_it_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
-    """SIGKILL again and again, until a run gets through."""
+    """SIGKILL again and again, until a run gets through: at first while it starts, then later."""
     many_clips(tmp_path / "videos", 240)
     text_as_video(tmp_path / "videos" / "a" / "broken.mp4")
     options = ("folder", "--videos", "videos", *SMALL, "--samples-per-shard", "8")
@@ -165,7 +165,7 @@ def test_killed_at_random_points_it_goes_on_with_the_same_bytes(tmp_path: Path) 
     while True:
         process = start(tmp_path, *options, "--out", "out")
         try:
-            process.communicate(timeout=draw.uniform(0.5, 3.0))
+            process.communicate(timeout=draw.uniform(0.2, 0.9) if kills < 2 else draw.uniform(0.8, 2.5))
             break
         except subprocess.TimeoutExpired:
             children = psutil.Process(process.pid).children(recursive=True)
@@ -175,7 +175,7 @@ def test_killed_at_random_points_it_goes_on_with_the_same_bytes(tmp_path: Path) 
             assert psutil.wait_procs(children, timeout=20)[1] == []
         assert kills < 60
     assert process.returncode == 0
-    assert kills > 0
+    assert kills >= 2
     assert run(tmp_path, *options, "--out", "whole")[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

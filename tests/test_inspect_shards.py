@@ -14,6 +14,8 @@ from tests.support.shards import make_shards
 from tests.support.web import web
 from tools.make_motion_clips import make_motion_clips
 
+pytestmark = pytest.mark.launch  # servers, processes and time limits: slow
+
 TOOL = Path(__file__).parents[1] / "tools" / "inspect_shards.py"
 
 

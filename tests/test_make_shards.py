@@ -127,6 +127,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_run_leaves_no_process_and_goes_on(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     many_clips(tmp_path / "videos", 300)

@@ -212,6 +212,7 @@ def test_evaluation_stops_at_a_clip_that_cannot_be_read(
         list(read_batches(clips, requests, workers=1, pin=False))
 
 
+@pytest.mark.launch
 def test_shards_of_a_url_are_fetched_before_they_are_needed(
     small_shards: Path, encoder: PromptEncoder, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from tests.support.web import Web, forked, web
 from vidcls.data import remote
 from vidcls.data.places import CacheSettings, PlaceError, ShardFolder, open_folder
 
+pytestmark = pytest.mark.launch  # servers, processes and time limits: slow
+
 SIZE = 300_000  # several reads of a socket
 SHARDS = {f"shard-{i:06d}.tar": random.Random(i).randbytes(SIZE) for i in range(4)}
 SHARD = "shard-000000.tar"

@@ -45,6 +45,7 @@ def test_every_sample_in_the_order_asked(small_shards: Path, workers: int) -> No
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.launch
 @pytest.mark.parametrize(("visit", "reason"), [(killed_by_3, "crashed its worker"), (stuck_in_3, "took more than")])
 def test_a_hostile_sample_costs_only_itself(
     small_shards: Path, monkeypatch: pytest.MonkeyPatch, visit, reason: str

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 ACTION_TOKEN = "<ACTION>"
 VIDEO_TAG = "<video>"
+DEFAULT_CACHE_GB = 50
 DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
 
 
@@ -90,7 +91,7 @@ class DataOptions(Section):
     cache_dir: str | None = Field(
         None, description="where shards of a URL are kept on each node (default: $VIDCLS_CACHE, or a temporary folder)"
     )
-    cache_gb: float = Field(50.0, gt=0, le=10**6, description="size of that cache in 10^9 bytes")
+    cache_gb: float = Field(DEFAULT_CACHE_GB, gt=0, le=10**6, description="size of that cache in 10^9 bytes")
     dataloader_num_workers: int = Field(1, ge=0, description="loader processes per rank")
 
 

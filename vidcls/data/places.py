@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from vidcls.config import DEFAULT_CACHE_GB
+
 SCHEMES = ("http", "https", "s3")
 LEGAL = "must be a local folder, or a URL that starts with http://, https:// or s3://"
 
@@ -137,7 +139,7 @@ class CacheSettings:
     """
 
     folder: Path = field(default_factory=default_cache_folder)
-    max_bytes: int = 50 * 10**9
+    max_bytes: int = DEFAULT_CACHE_GB * 10**9
     attempts: int = 5
     timeout_seconds: float = 60.0
 

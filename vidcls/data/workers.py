@@ -1,6 +1,7 @@
 """Worker processes that may crash or hang one at a time."""
 
 import multiprocessing
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import TimeoutError as TaskTimeoutError
@@ -13,7 +14,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 TASKS_IN_FLIGHT = 16  # per worker: enough that a slow task does not stop the others, little enough to stay small
-START_SECONDS = 10.0  # of a worker, at most
+START_SECONDS = 10.0  # of all workers, at most
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,21 @@ def run_all(
         for task in islice(coming, count):
             in_flight.append(pool.schedule(function, args=(task,), timeout=seconds))
 
+    def wait_until_started() -> None:
+        # A worker that is stopped while it starts, since the others did all the work, dies with a traceback.
+        until = time.monotonic() + START_SECONDS
+        for _ in range(workers):
+            ready.acquire(timeout=max(0.0, until - time.monotonic()))
+
     try:
         schedule(TASKS_IN_FLIGHT * workers)
         while in_flight:
             yield _outcome(in_flight.popleft(), seconds)
             schedule(1)
-        # A worker that is stopped while it starts, since the others did all the work, dies with a traceback.
-        for _ in range(workers):
-            ready.acquire(timeout=START_SECONDS)
+        wait_until_started()
+    except GeneratorExit:  # also after the last outcome, when nobody asks whether there is another
+        wait_until_started()
+        raise
     finally:
         pool.stop()
         pool.join()

@@ -245,7 +245,6 @@ def _shards_to_make(plan: Plan, out: Path, overwrite: bool) -> list[int]:
         (out / INDEX).unlink(missing_ok=True)  # first: from here on there is no data set
         for name in sorted(names - {INDEX}):
             (out / name).unlink()
-        names = set()
     elif difference := _other_plan(plan, out):
         raise ShardError(
             f"{out}: holds the beginning of another data set ({difference}); use another folder, or --overwrite"

@@ -11,9 +11,10 @@ import numpy as np
 import psutil
 
 from vidcls.data.index import FORMAT_VERSION, INDEX, SAMPLES, Counts, Header, ShardFile, ShardIndex, Table, pack_table
+from vidcls.data.joint import JointOrder
 from vidcls.data.labels import LabelSpace
 from vidcls.data.loader import training_requests
-from vidcls.data.order import SampleOrder, ShardWindow, StepLayout
+from vidcls.data.order import ShardWindow, StepLayout
 from vidcls.data.settings import DecodeSettings
 
 CLASSES, SAMPLES_PER_SHARD, SAMPLE_BYTES = 174, 256, 200 * 512
@@ -71,7 +72,7 @@ def main(place: Path) -> None:
     started = time.perf_counter()
     index = ShardIndex.open(place)
     opened = time.perf_counter()
-    order = SampleOrder(len(index), 1, ShardWindow(index.shard, WINDOW_SHARDS))
+    order = JointOrder.single(len(index), 1, ShardWindow(index.shard, WINDOW_SHARDS))
     step = int(EPOCHS_DONE * len(index)) // GLOBAL_BATCH
     next(training_requests(order, StepLayout(GLOBAL_BATCH, 8, 1, 0), step, step + 1))
     resumed = time.perf_counter()

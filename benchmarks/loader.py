@@ -52,10 +52,10 @@ from matplotlib.figure import Figure
 from rounds import RESULTS, Ratio, Spread, clips_of, conditions, show_ratios, table, take_turns, write_json
 from torch.utils.data import DataLoader, Dataset
 
-from vidcls.config import ACTION_TOKEN, DEFAULT_PROMPT
 from vidcls.data.index import ShardIndex
-from vidcls.data.loader import ClipBatches, training_requests
-from vidcls.data.order import SampleOrder, StepLayout
+from vidcls.data.joint import JointOrder
+from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, training_requests
+from vidcls.data.order import StepLayout
 from vidcls.data.places import CacheSettings
 from vidcls.data.reading import read_batches
 from vidcls.data.settings import DecodeSettings, segment_midpoints
@@ -63,6 +63,7 @@ from vidcls.data.shards import ShardReader
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tiny import tiny_config, tiny_tokenizer
+from vidcls.options import ACTION_TOKEN, DEFAULT_PROMPT
 from vidcls.sharding.records import ClipRecord
 from vidcls.sharding.writer import Plan, write_shards
 
@@ -114,11 +115,11 @@ def reader_of(index: ShardIndex) -> ClipBatches:
     config, largest = tiny_config(), index.settings.max_pixels
     assert largest is not None
     encoder = PromptEncoder(tokenizer, VisionGeometry.from_config(config), config.video_token_id, 4096, 784, largest)
-    return ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=FRAMES)
+    return ClipBatches([ClipSource(index, DEFAULT_PROMPT)], encoder, FrameChoice(FRAMES))
 
 
 def loader(index: ShardIndex, workers: int, seconds: float) -> Turn:
-    order, layout = SampleOrder(len(index), 1), StepLayout(BATCH, BATCH, 1, 0)
+    order, layout = JointOrder.single(len(index), 1), StepLayout(BATCH, BATCH, 1, 0)
     requests = training_requests(order, layout, 0, FOREVER)
     return _turn_of(map(len, read_batches(reader_of(index), requests, workers=workers, pin=False)), seconds)
 
@@ -249,7 +250,7 @@ class Memory:
 
 def memory(index: ShardIndex, workers: int, epochs: int) -> Memory:
     """Reads `epochs` epochs with fresh workers."""
-    order, layout = SampleOrder(len(index), 1), StepLayout(BATCH, BATCH, 1, 0)
+    order, layout = JointOrder.single(len(index), 1), StepLayout(BATCH, BATCH, 1, 0)
     batches = epochs * len(index) // BATCH
     stops = {round((i + 1) * batches / (epochs * MEMORY_SAMPLES)) for i in range(epochs * MEMORY_SAMPLES)}
     me, samples = psutil.Process(), []
@@ -298,7 +299,8 @@ def remote(shards: Path, workers: int, rounds: int) -> dict[str, list[float]]:
     def epoch(place: Path | str, cache: Path) -> float:
         started = time.perf_counter()
         index = ShardIndex.open(place, CacheSettings(cache))
-        requests = training_requests(SampleOrder(len(index), 1), StepLayout(BATCH, BATCH, 1, 0), 0, len(index) // BATCH)
+        order, layout = JointOrder.single(len(index), 1), StepLayout(BATCH, BATCH, 1, 0)
+        requests = training_requests(order, layout, 0, len(index) // BATCH)
         clips = sum(map(len, read_batches(reader_of(index), requests, workers=workers, pin=False)))
         return clips / (time.perf_counter() - started)
 

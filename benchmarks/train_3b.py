@@ -49,10 +49,10 @@ class PeakMemory:
 
     def sample(self, rank: psutil.Process) -> None:
         processes = [rank, *rank.children(recursive=True)]
-        rollups = [_kilobytes(Path(f"/proc/{process.pid}/smaps_rollup")) for process in processes]
+        rollups = [kilobytes(Path(f"/proc/{process.pid}/smaps_rollup")) for process in processes]
         self.tree_pss = max(self.tree_pss, sum(r.get("Pss", 0) for r in rollups))
         self.tree_anonymous = max(self.tree_anonymous, sum(r.get("Pss_Anon", 0) for r in rollups))
-        status = _kilobytes(Path(f"/proc/{rank.pid}/status"))
+        status = kilobytes(Path(f"/proc/{rank.pid}/status"))
         self.rank_rss = max(self.rank_rss, status.get("VmHWM", 0))
 
     @property
@@ -96,6 +96,8 @@ def train(work: Path, *, steps: int, stage: int) -> Result:
         "model_name_or_path": work / "model",
         "dataset": work / "shards",
         "num_action_classes": "null",
+        "eval_dataset": "null",
+        "eval_strategy": "no",
         "lora_rank": 16,
         "video_max_pixels": SIZE * SIZE,
         "dataloader_num_workers": 1,
@@ -108,7 +110,7 @@ def train(work: Path, *, steps: int, stage: int) -> Result:
         "deepspeed": f"ds_configs/zero{stage}.json",
         "output_dir": output,
     }
-    words = [DEEPSPEED, "--num_gpus", 1, "--master_port", _free_port(), "launch/train.py"]
+    words = [DEEPSPEED, "--num_gpus", 1, "--master_port", free_port(), "launch/train.py"]
     words += ["launch/recipes/ucf101.yaml", *(f"{key}={value}" for key, value in options.items())]
     memory, rows = PeakMemory(), output / "train_log.jsonl"
     started, first_step = time.monotonic(), None
@@ -125,7 +127,7 @@ def train(work: Path, *, steps: int, stage: int) -> Result:
                 first_step = time.monotonic() - started
             time.sleep(SAMPLE_SECONDS)
     finally:
-        _end_session(launcher.pid)
+        end_session(launcher.pid)
     logged = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     seconds = [CLIPS_PER_STEP / row["samples_per_second"] for row in logged[1:]]
     return Result(
@@ -211,13 +213,13 @@ def _rank_below(launcher: psutil.Process) -> psutil.Process | None:
     return None
 
 
-def _kilobytes(path: Path) -> dict[str, int]:
+def kilobytes(path: Path) -> dict[str, int]:
     """The `Name: 123 kB` lines of a file in /proc, in bytes."""
     fields = (line.split() for line in path.read_text().splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields if len(words) == 3 and words[2] == "kB"}
 
 
-def _end_session(session: int) -> None:
+def end_session(session: int) -> None:
     """Kill what is left of the session that the launcher leads."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
@@ -225,7 +227,7 @@ def _end_session(session: int) -> None:
                 process.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,9 +1,10 @@
 """Evaluate a checkpoint on shards: each clip exactly once, on any number of ranks.
 
-    deepspeed [--num_gpus N | --hostfile FILE] launch/evaluate.py CHECKPOINT --data SHARDS [--out DIR]
+    deepspeed [--num_gpus N | --hostfile FILE] launch/evaluate.py CHECKPOINT --data SHARDS [--head NAME] [--out DIR]
     python launch/evaluate.py CHECKPOINT --data SHARDS        one process
 
-Writes eval.json (top1, top5, mean_class_accuracy, loss, seen) and predictions.jsonl.
+Writes eval.json (top1, top5, mean_class_accuracy, loss, seen) and predictions.jsonl. Of several heads, the one that
+has the classes of the shards is evaluated.
 """
 
 import argparse
@@ -16,10 +17,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder")
     parser.add_argument("--data", required=True, help="folder of shards, or its http(s):// or s3:// URL")
-    parser.add_argument("--out", type=Path, help="where to write (default: CHECKPOINT/evaluation)")
+    parser.add_argument("--head", help="which head, where several have the classes of the shards")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: CHECKPOINT/evaluation; with several heads, HEAD below it)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="clips per forward and rank (default: 8)")
     parser.add_argument("--workers", type=int, default=1, help="loader processes per rank (default: 1)")
     parser.add_argument("--model", help="the base model's folder, if it has moved since training")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the base model's own tokenizer code")
     parser.add_argument(
         "--timeout", type=int, default=600, help="seconds until a stuck collective fails (default: 600)"
     )
@@ -39,10 +44,12 @@ def main() -> None:
             evaluate_checkpoint(
                 arguments.checkpoint,
                 arguments.data,
-                arguments.out or arguments.checkpoint / "evaluation",
+                arguments.out,
+                head=arguments.head,
                 micro=arguments.batch_size,
                 workers=arguments.workers,
                 base=arguments.model,
+                trust_remote_code=arguments.trust_remote_code,
             )
     finally:
         distributed.stop()

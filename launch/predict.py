@@ -1,6 +1,6 @@
 """Say what is done in video files.
 
-python launch/predict.py CHECKPOINT VIDEO... [--top 5] [--json]
+python launch/predict.py CHECKPOINT VIDEO... [--head NAME] [--top 5] [--json]
 """
 
 import argparse
@@ -15,9 +15,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint-N folder")
     parser.add_argument("videos", type=Path, nargs="+", metavar="VIDEO", help="video files")
+    parser.add_argument("--head", help="which head's classes, where the checkpoint has several")
     parser.add_argument("--top", type=int, default=5, help="classes listed per video (default: 5)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a table")
     parser.add_argument("--model", help="the base model's folder, if it has moved since training")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the base model's own tokenizer code")
     arguments = parser.parse_args()
     with user_errors():
         if arguments.top < 1:
@@ -27,7 +29,12 @@ def main() -> None:
 
         from vidcls.predict import Predictor
 
-        predictor = Predictor.load(arguments.checkpoint, base=arguments.model)
+        predictor = Predictor.load(
+            arguments.checkpoint,
+            head=arguments.head,
+            base=arguments.model,
+            trust_remote_code=arguments.trust_remote_code,
+        )
     failed = False
     for video in arguments.videos:
         try:

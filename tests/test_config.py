@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +21,11 @@ from vidcls.config import (
     load_config,
     total_steps,
 )
+from vidcls.options import OWNER, DatasetOptions
 
 VALUES = {
     "model_name_or_path": "tiny",
-    "dataset": "shards",
+    "dataset": "data/shards",
     "output_dir": "out",
     "per_device_train_batch_size": 2,
     "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
@@ -41,7 +43,7 @@ def config(**changes: object) -> Config:
         ({"learning_rate": -1}, "learning_rate: -1 is not legal: .*legal: > 0"),
         ({"learning_rate": "fast"}, "learning_rate: 'fast' is not legal"),
         ({"action_decoder_type": "tree"}, "action_decoder_type: 'tree' .*legal: linear | mlp"),
-        ({"dataset": None}, "dataset: None is not legal"),
+        ({"dataset": None}, "dataset: required, not given"),
         ({"lora_dropout": 1.0}, "lora_dropout: 1.0 is not legal: .*>= 0, < 1"),
         ({"max_steps": 0}, "max_steps: 0 is not legal: .*>= 1"),
         ({"prompt": "<video> what?"}, "0 <ACTION>"),
@@ -53,6 +55,20 @@ def config(**changes: object) -> Config:
         ({"on_bad_sample": "ignore"}, "on_bad_sample: 'ignore' .*legal: error | skip"),
         ({"max_bad_samples": 1.5}, "max_bad_samples: 1.5 is not legal: .*<= 1"),
         ({"cache_gb": 0}, "cache_gb: 0 is not legal: .*> 0"),
+        ({"mixing_temperature": 2}, "mixing_temperature: 2.0 has no effect with one data set"),
+        ({"vision_lr_scale": 0.1}, "vision_lr_scale: 0.1 has no effect with vision_tuning 'frozen'"),
+        ({"merger_lr_scale": 2}, "merger_lr_scale: 2.0 has no effect with merger_tuning 'frozen'"),
+        ({"finetuning_type": "full", "use_dora": True}, "use_dora: True has no effect without LoRA"),
+        ({"finetuning_type": "full", "loraplus_lr_ratio": 16}, "loraplus_lr_ratio: 16.0 has no effect without LoRA"),
+        ({"finetuning_type": "freeze", "lora_target": "q_proj"}, "has no effect with finetuning_type 'freeze'"),
+        ({"action_decoder_init": "zeros", "action_decoder_path": "head"}, "has no effect with action_decoder_path"),
+        ({"focal_gamma": 3}, "focal_gamma: 3.0 has no effect with loss_type 'cross_entropy'"),
+        ({"dense_stride": 3}, "dense_stride: 3 has no effect with frame_sampling 'segments'"),
+        ({"eval_dataset": "data/test"}, "eval_dataset: 'data/test' has no effect with eval_strategy 'no'"),
+        ({"eval_strategy": "steps"}, "eval_strategy: 'steps' needs clips to evaluate on"),
+        ({"eval_steps": 5}, "eval_steps: 5 has no effect with eval_strategy 'no'"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end: true needs eval_strategy"),
+        ({"metric_for_best_model": "f1"}, "metric_for_best_model: 'f1' is not legal: top1"),
         ({"per_device_train_batch_size": None}, "per_device_train_batch_size: not given"),
         ({"deepspeed": "nowhere.json"}, "deepspeed: 'nowhere.json' is not a file"),
     ],
@@ -60,6 +76,28 @@ def config(**changes: object) -> Config:
 def test_a_mistake_names_field_value_and_what_is_legal(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize("finetuning_type", ["full", "freeze"])
+def test_the_numbers_of_a_lora_that_is_not_used_are_no_mistake(finetuning_type: str) -> None:
+    """People switch LoRA off by this one key, and nobody is misled."""
+    made = config(finetuning_type=finetuning_type, lora_rank=8, lora_alpha=16, lora_dropout=0.1, lora_target="all")
+    assert not made.has_lora
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        ({"max_steps": -1}, "max_steps", None),  # transformers' "not set"
+        ({"eval_strategy": False}, "eval_strategy", "no"),  # what YAML reads for a bare no
+        ({"resume_from_checkpoint": True}, "resume_from_checkpoint", "latest"),
+        ({"resume_from_checkpoint": False}, "resume_from_checkpoint", None),
+        ({"lora_target": "q_proj, v_proj"}, "lora_target", ["q_proj", "v_proj"]),
+        ({"learning_rate": "1e-4"}, "learning_rate", 1e-4),  # text to YAML, since it has no point
+    ],
+)
+def test_spellings_of_the_same(changes: dict, key: str, value: object) -> None:
+    assert config(**changes).flat()[key] == value
 
 
 def test_all_mistakes_come_at_once() -> None:
@@ -136,7 +174,12 @@ def test_a_used_output_dir_needs_a_decision(tmp_path: Path) -> None:
 def test_every_option_is_described() -> None:
     text = describe_options()
     assert "learning_rate  (default 5e-05; > 0)" in text
-    assert "dataset  (required)" in text
+    assert "output_dir  (required)" in text
+
+
+def test_every_key_stands_in_the_documentation() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [key for key in (*OWNER, *DatasetOptions.model_fields) if f"`{key}`" not in text] == []
 
 
 @pytest.mark.parametrize("name", [path.name for path in sorted((ROOT / "launch" / "recipes").glob("*.yaml"))])
@@ -161,3 +204,12 @@ def test_a_typo_is_answered_before_any_heavy_import(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "2 []"
     assert done.stderr.strip() == "error: max_stepz: unknown option; did you mean 'max_steps'?"
+
+
+def test_a_deepspeed_file_of_transformers_leaves_its_auto_values_to_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    zero = {"stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+    batch = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), "auto")
+    half = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0}}
+    file.write_text(json.dumps({**batch, **half, "zero_optimization": zero}))
+    assert config(deepspeed=str(file)).zero == {"zero_optimization": {"stage": 3, "overlap_comm": True}}

@@ -11,21 +11,12 @@ import pytest
 import torch
 
 from tests.support import launch
+from tests.support.checkpoints import make_checkpoint
 from tests.support.clips import text_as_video
 from tests.support.shards import make_shards
-from vidcls.config import DEFAULT_PROMPT
-from vidcls.data.labels import LabelSpace
-from vidcls.data.loader import ClipBatches, Request
-from vidcls.data.shards import ShardIndex
-from vidcls.model.pretrained import (
-    LABELS_NAME,
-    PREPROCESSING_NAME,
-    ModelSpec,
-    build_encoder,
-    build_model,
-    load_model,
-    save_model,
-)
+from vidcls.data.index import ShardIndex
+from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request
+from vidcls.model.pretrained import load_model
 
 pytestmark = pytest.mark.launch
 
@@ -34,35 +25,23 @@ CLIPS = 26
 
 @pytest.fixture(scope="module")
 def checkpoint(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a run saves it. The weights are random, and so large that the clips' scores differ."""
-    folder = tmp_path_factory.mktemp("evaluate") / "checkpoint-1"
-    folder.mkdir()
-    spec = ModelSpec(
-        model_name_or_path="tiny",
-        bf16=False,
-        flash_attn="auto",
-        lora_rank=2,
-        lora_alpha=4,
-        lora_dropout=0.1,
-        prompt=DEFAULT_PROMPT,
-        video_maxlen=4,
-        video_min_pixels=784,
-        video_max_pixels=3136,
-        cutoff_len=512,
-    )
-    index = ShardIndex.open(small_shards)
-    encoder = build_encoder(spec)
-    model = build_model(
-        spec, encoder, num_classes=len(index.labels), decoder_type="linear", mlp_hidden_size=None, seed=0
-    )
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: 0.1 * torch.randn(p.shape, generator=generator) for name, p in model.named_parameters() if p.requires_grad
-    }
-    save_model(folder, model, spec, weights, encoder.tokenizer)
-    index.labels.save(folder / LABELS_NAME)
-    (folder / PREPROCESSING_NAME).write_text(json.dumps(index.settings.to_dict()), encoding="utf-8")
-    return folder
+    return make_checkpoint(tmp_path_factory.mktemp("evaluate") / "checkpoint-1", {"default": small_shards})
+
+
+@pytest.fixture(scope="module")
+def up_down(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 of the clips as a data set of 2 classes."""
+    videos = tmp_path_factory.mktemp("up_down") / "videos"
+    videos.mkdir()
+    for name in ("up", "down"):
+        (videos / name).symlink_to(small_shards.parent / "videos" / name)
+    return make_shards(videos, videos.parent / "shards", frames=4)
+
+
+@pytest.fixture(scope="module")
+def two_heads(small_shards: Path, up_down: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a head for each of two data sets; the one with fewer classes is the second."""
+    return make_checkpoint(tmp_path_factory.mktemp("two") / "checkpoint-1", {"all": small_shards, "some": up_down})
 
 
 def evaluate(ranks: int, checkpoint: Path, shards: Path, out: Path) -> None:
@@ -106,7 +85,7 @@ def test_the_numbers_are_those_of_one_clip_after_the_other(
 ) -> None:
     index = ShardIndex.open(small_shards)
     model, encoder, spec = load_model(checkpoint)
-    clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
+    clips = ClipBatches([ClipSource(index, spec.prompts["default"])], encoder, FrameChoice(spec.video_maxlen))
     batches = [clips[Request((sample,))] for sample in range(CLIPS)]
     with torch.no_grad():
         logits_NC = torch.cat([model(**batch.model_inputs()) for batch in batches])
@@ -125,18 +104,13 @@ def test_the_numbers_are_those_of_one_clip_after_the_other(
     assert scores_NC.std(axis=0).max() > 0.02  # else one clip's scores could pass for another's
 
 
-def test_another_label_space_is_refused(checkpoint: Path, small_shards: Path, tmp_path: Path) -> None:
-    videos = tmp_path / "videos"
-    videos.mkdir()
-    for name in ("up", "down"):
-        (videos / name).symlink_to(small_shards.parent / "videos" / name)
-    other = make_shards(videos, tmp_path / "shards", frames=4)
-    words = [launch.PYTHON, "launch/evaluate.py", checkpoint, "--data", other, "--out", tmp_path / "out"]
+def test_another_label_space_is_refused(checkpoint: Path, small_shards: Path, up_down: Path, tmp_path: Path) -> None:
+    words = [launch.PYTHON, "launch/evaluate.py", checkpoint, "--data", up_down, "--out", tmp_path / "out"]
     done = launch.run(words, log=tmp_path / "log")
     assert done.code == 2, done.output[-4000:]
     (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
-    for labels in (LabelSpace.load(checkpoint / LABELS_NAME), ShardIndex.open(other).labels):
-        assert labels.fingerprint in line
+    for place in (small_shards, up_down):
+        assert ShardIndex.open(place).labels.fingerprint in line
     assert not (tmp_path / "out").exists()
 
 
@@ -158,3 +132,40 @@ def test_a_file_is_predicted_as_its_clip_was(
     assert answer["video"] == str(video)
     scores = {entry["class"]: entry["score"] for entry in answer["top"]}
     assert [scores[name] for name in index.labels.names] == pytest.approx(row["scores"], abs=5e-6)
+
+
+def test_of_two_heads_the_one_with_the_shards_classes_is_evaluated(
+    two_heads: Path, up_down: Path, tmp_path: Path
+) -> None:
+    """On two ranks, one of which has nothing to do in the last round; and beside what each head alone says."""
+    words = ["launch/evaluate.py", two_heads, "--data", up_down, "--batch-size", 5]
+    done = launch.deepspeed(2, *words, log=tmp_path / "log")
+    assert done.code == 0, done.output[-4000:]
+    out = two_heads / "evaluation" / "some"
+    assert f"head some: 13 clips: top-1 {json.loads((out / 'eval.json').read_text())['top1']:.4f}" in done.output
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    index = ShardIndex.open(up_down)
+    assert [row["key"] for row in rows] == list(index.keys)
+    model, encoder, spec = load_model(two_heads)
+    clips = ClipBatches([ClipSource(index, spec.prompts["some"], head=1)], encoder, FrameChoice(4))
+    heard: list[torch.Tensor] = []
+    model.heads["some"].register_forward_hook(lambda _module, _inputs, output: heard.append(output))
+    with torch.no_grad():
+        for sample in range(13):
+            model(**clips[Request((sample,))].model_inputs())
+    scores_NC = torch.cat(heard).softmax(dim=-1).numpy()
+    np.testing.assert_allclose(np.array([row["scores"] for row in rows]), scores_NC, atol=5e-6)
+    assert {row["predicted_name"] for row in rows} <= {"up", "down"}
+
+
+def test_prediction_stays_inside_the_head_that_is_named(two_heads: Path, small_shards: Path, tmp_path: Path) -> None:
+    video = small_shards.parent / "videos" / "left" / "clip_0000.mp4"
+    words = [launch.PYTHON, "launch/predict.py", two_heads, video, "--json"]
+    done = launch.run(words, log=tmp_path / "log")
+    assert done.code == 2, done.output[-4000:]
+    assert "error: --head: the checkpoint has several heads, give one: all (4 classes), some (2 classes)" in done.output
+    done = launch.run([*words, "--head", "some"], log=tmp_path / "log")
+    assert done.code == 0, done.output[-4000:]
+    (answer,) = [json.loads(line) for line in done.output.splitlines() if line.startswith("{")]
+    assert {entry["class"] for entry in answer["top"]} == {"up", "down"}
+    assert sum(entry["score"] for entry in answer["top"]) == pytest.approx(1, abs=2e-6)

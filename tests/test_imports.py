@@ -20,23 +20,18 @@ SOURCES = {
 }
 # Each part may import those of the rows above it and itself; parts of one row never import each other.
 ROWS = (
+    ("vidcls.options",),
     ("vidcls.config", "vidcls.geometry", "vidcls.manifest", "vidcls.ops"),
     ("vidcls.distributed", "vidcls.command", "vidcls.progress"),
     ("vidcls.data", "vidcls.model"),
-    ("vidcls.training", "vidcls.sharding", "vidcls.inspection"),
-    ("vidcls.evaluation",),
+    ("vidcls.evaluation", "vidcls.sharding", "vidcls.inspection"),
+    ("vidcls.training",),
     ("vidcls.export", "vidcls.predict"),
     ("launch", "tools", "benchmarks"),
 )
-# DeepSpeed is known where processes, engine and checkpoints are made, and where its compiled ops are used.
-DEEPSPEED = {
-    "vidcls.ops",
-    "vidcls.distributed",
-    "vidcls.training.optimizer",
-    "vidcls.training.engine",
-    "vidcls.training.checkpoint",
-}
-PEFT = {"vidcls.model.backbone", "vidcls.export"}
+# DeepSpeed is known where processes are made, where its compiled ops are used, and to training.
+DEEPSPEED = {"vidcls.ops", "vidcls.distributed", "vidcls.training"}
+PEFT = {"vidcls.model.tuning", "vidcls.export"}
 HEAVY = ("torch", "numpy", "transformers", "deepspeed", "peft", "av", "decord", "PIL")
 
 
@@ -70,7 +65,7 @@ def test_imports_point_one_way(module: str) -> None:
 @pytest.mark.parametrize(("package", "doors"), [("deepspeed", DEEPSPEED), ("peft", PEFT)])
 def test_heavy_packages_have_few_doors(package: str, doors: set[str]) -> None:
     found = {m for m, path in SOURCES.items() if any(is_below(name, package) for name in imports(path))}
-    assert found <= doors
+    assert {m for m in found if not any(is_below(m, door) for door in doors)} == set()
 
 
 def test_configuration_imports_nothing_heavy() -> None:

@@ -3,13 +3,15 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tools import make_random_checkpoint as tool
-from vidcls.model.backbone import load_backbone, load_tokenizer
+from vidcls.model.tokens import load_tokenizer
+from vidcls.model.weights import load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +59,18 @@ def test_index_names_every_tensor_once_and_sizes_are_right(folder: Path) -> None
 
 @pytest.mark.parametrize(
     ("shape", "total_size", "last", "head_stored"),
-    [("3b", 7_509_245_952, 35, False), ("7b", 16_584_333_312, 27, True)],
+    [
+        ("3b", 7_509_245_952, 35, False),
+        ("7b", 16_584_333_312, 27, True),
+        ("32b", None, 63, True),
+        ("72b", None, 79, True),
+    ],
 )
-def test_published_shapes(shape: str, total_size: int, last: int, head_stored: bool) -> None:
-    """The sizes are those in the published checkpoints' indexes."""
+def test_published_shapes(shape: str, total_size: int | None, last: int, head_stored: bool) -> None:
+    """The sizes are those in the published checkpoints' indexes, or the billions in their model cards."""
     plans = {plan.name: plan for plan in tool.plan_tensors(tool.model_config(shape))}
-    assert sum(plan.bytes for plan in plans.values()) == total_size
+    total = sum(plan.bytes for plan in plans.values())
+    assert total == total_size or round(total / 2e9) == {"32b": 33, "72b": 73}[shape]
     assert {"visual.merger.ln_q.weight", f"model.layers.{last}.mlp.up_proj.weight", "model.norm.weight"} <= set(plans)
     assert ("lm_head.weight" in plans) == head_stored
 
@@ -77,6 +85,32 @@ def test_weights_depend_on_the_seed_alone(folder: Path, tmp_path: Path) -> None:
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
 
 
+def test_layouts_hold_the_same_weights_by_other_names(tmp_path: Path) -> None:
+    names, values = {}, {}
+    for layout in tool.LAYOUTS:
+        folder = tool.write_checkpoint(tmp_path / layout, "tiny-untied", layout=layout, shard_bytes=None)
+        assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
+        tensors = stored(folder)
+        names[layout] = {name.split(".")[0] + "." + name.split(".")[1] for name in tensors}
+        values[layout] = sorted(tensors[name].float().sum().item() for name in tensors if name != "lm_head.weight")
+    assert names["old"] == {
+        "visual.patch_embed", "visual.blocks", "visual.merger",
+        "model.embed_tokens", "model.layers", "model.norm", "lm_head.weight",
+    }  # fmt: skip
+    assert names["new"] == {"model.visual", "model.language_model", "lm_head.weight"}
+    assert {name.split(".")[0] for name in names["base"]} == {"visual", "language_model"}
+    assert values["old"] == values["new"] == values["base"]
+    assert "text_config" not in json.loads((tmp_path / "old/config.json").read_text())
+    assert "text_config" in json.loads((tmp_path / "new/config.json").read_text())
+
+
+def test_a_tensor_larger_than_the_pool() -> None:
+    """72b's embedding table is 148 pools; no two rows of this one begin alike."""
+    plan = tool.TensorPlan("w", "w", (10_000, 2048))
+    values = np.frombuffer(b"".join(tool.random_values(plan, 0)), np.int16).reshape(plan.shape)
+    assert len(np.unique(values[:, :8], axis=0)) == 10_000
+
+
 def test_tokenizer_fits_the_config(folder: Path, tmp_path: Path) -> None:
     tokenizer, action_id = load_tokenizer(str(folder))
     assert tokenizer.convert_tokens_to_ids("<|video_pad|>") == tool.model_config("tiny").video_token_id
@@ -86,7 +120,7 @@ def test_tokenizer_fits_the_config(folder: Path, tmp_path: Path) -> None:
 
 
 def test_published_shapes_get_a_tokenizer_with_published_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool, "_write_shards", lambda *_: None)
+    monkeypatch.setattr(tool, "_write_weights", lambda *_, **__: None)
     made = tool.write_checkpoint(tmp_path / "model", "3b")
     tokenizer, action_id = load_tokenizer(str(made))
     text = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>é<|im_end|>"
@@ -102,8 +136,12 @@ def test_published_shapes_get_a_tokenizer_with_published_ids(tmp_path: Path, mon
 def test_mistakes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="is not empty"):
         tool.write_checkpoint(folder, "tiny")
-    with pytest.raises(ValueError, match=r"legal: tiny \| 3b \| 7b"):
-        tool.write_checkpoint(tmp_path / "new", "72b")
+    with pytest.raises(ValueError, match=r"legal: tiny \| tiny-untied \| 3b \| 7b \| 32b \| 72b"):
+        tool.write_checkpoint(tmp_path / "new", "14b")
+    with pytest.raises(ValueError, match=r"layout is 'odd'; legal: old \| new \| base"):
+        tool.write_checkpoint(tmp_path / "new", "tiny", layout="odd")
+    with pytest.raises(ValueError, match=r"shard_bytes is 0; it must be at least 1"):
+        tool.write_checkpoint(tmp_path / "new", "tiny", shard_bytes=0)
     with pytest.raises(ValueError, match="is not a folder with a tokenizer"):
         tool.write_checkpoint(tmp_path / "new", "tiny", tokenizer=tmp_path)
     usage = namedtuple("usage", "total used free")

@@ -151,7 +151,9 @@ def test_a_hostfile_that_does_not_exist_is_refused(small_shards: Path, tmp_path:
         (["model_name_or_path=/nowhere"], "model is '/nowhere'; it must be 'tiny' or a local folder"),
         (["dataset=/nowhere"], "/nowhere/index.json: cannot be read"),
         (["resume_from_checkpoint=/nowhere"], "/nowhere is not a whole checkpoint"),
-        (["flash_attn=fa2"], "flash_attn: 'fa2' needs"),
+        (["flash_attn=fa2", "bf16=false"], "flash_attn: 'fa2' needs bf16"),
+        (["lr_scheduler_kwargs={min_lr: 0.1}"], "lr_scheduler_kwargs"),
+        (["val_size=26"], "val_size: 26 of 26 clips leaves none to train on"),
     ],
 )
 def test_mistakes_in_one_process(

@@ -5,6 +5,7 @@
     python tools/inspect_shards.py train --html train.html        a page of clips to look at
     python tools/inspect_shards.py train --against test           clips that both have
     python tools/inspect_shards.py train --against train          clips that it has twice
+    python tools/inspect_shards.py train --augmented recipe.yaml --out seen.png    clips as training sees them
 
 DIR and OTHER are folders, or URLs that start with http://, https:// or s3://.
 Exit codes: 0 nothing wrong, 1 problems or common clips found, 2 wrong options or no data set, 130 interrupted.
@@ -45,6 +46,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--against", metavar="OTHER", help="find clips that OTHER has too; DIR itself: twice in it")
     parser.add_argument("--max-distance", type=int, help="bits of 256 in which clips that look the same differ (56)")
     parser.add_argument("--plot", type=Path, metavar="OUT", help="write charts of classes, frames and sizes (PNG)")
+    parser.add_argument("--augmented", type=Path, metavar="RECIPE", help="draw clips as this recipe augments them")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="where --augmented draws to (augmented.png)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all that is found, for programs")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; 0: none")
     args = parser.parse_args()
@@ -52,7 +55,10 @@ def parse_args() -> argparse.Namespace:
         parser.error("--per-class and --workers must be at least 0")
     if args.max_distance is not None and not 0 <= args.max_distance <= 128:
         parser.error("--max-distance must be from 0 to 128")  # unrelated clips differ in 126 bits on average
-    for out in (args.html, args.plot, args.json):
+    if args.out is not None and args.augmented is None:
+        parser.error("--out goes with --augmented")
+    args.out = args.out or Path("augmented.png")
+    for out in (args.html, args.plot, args.json, args.augmented and args.out):
         if out is not None and not out.absolute().parent.is_dir():
             parser.error(f"{out}: there is no folder {out.absolute().parent}")
     return args
@@ -79,6 +85,12 @@ def inspect(args: argparse.Namespace, console: Console) -> int:
 
         draw(overview, args.plot)
         console.print(f"charts: {args.plot}")
+    if args.augmented is not None:
+        from vidcls.config import load_config
+        from vidcls.inspection.augmented import draw_augmented
+
+        shown = draw_augmented(args.out, args.place, load_config(args.augmented))
+        console.print(f"as trained on: {args.out}, {shown} clips")
     if args.verify:
         result["problems"] = check(args, console)
     if args.against is not None:

@@ -2,11 +2,14 @@
 
     python tools/make_random_checkpoint.py --shape 3b --out models/random-3b
     python tools/make_random_checkpoint.py --shape 3b --out models/random-3b --tokenizer models/Qwen2.5-VL-3B-Instruct
+    python tools/make_random_checkpoint.py --shape 72b --out models/random-72b --shard-size 4 --layout new
 
-OUT is a local Hugging Face folder with the published tensor names: config.json, sharded bf16 safetensors with their
-index, and a tokenizer. Without --tokenizer that is a small byte-level one (one token per byte), whose special tokens
-have the published ids. Memory: about 1 GB for every shape. Exit codes: 0 done, 2 wrong options or no room, 130
-interrupted; OUT appears only when it is whole.
+OUT is a local Hugging Face folder: config.json, bf16 safetensors (in shards with their index, or one file) and a
+tokenizer. Without --tokenizer that is a small byte-level one (one token per byte), whose special tokens have the
+published ids. Layouts: old, as published, with the language model's keys at the top of config.json; new, as
+transformers writes the whole model today; base, as it writes the model without its vocabulary head. Weights go from a
+pool of random values straight to the disk: a few hundred MB of memory for every shape, and as fast as the disk writes.
+Exit codes: 0 done, 2 wrong options or no room, 130 interrupted; OUT appears only when it is whole.
 """
 
 import argparse
@@ -17,15 +20,15 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import (
     AutoTokenizer,
@@ -39,9 +42,15 @@ from vidcls.model.tiny import SPECIAL_IDS, tiny_config, tiny_tokenizer
 STD = 0.02  # the family's initializer_range
 BF16_BYTES = 2
 SHARD_BYTES = 1 << 30
+POOL_VALUES = 8_388_593  # a prime: no row of a matrix begins where another one of it did
 INDEX_NAME = "model.safetensors.index.json"
-# Published names, and those of transformers' modules.
-NAME_PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
+SINGLE_NAME = "model.safetensors"
+# What each layout writes for the names of transformers' modules.
+LAYOUTS = {
+    "old": {"model.visual.": "visual.", "model.language_model.": "model."},
+    "new": {},
+    "base": {"model.": ""},
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,7 +70,7 @@ PUBLISHED_IDS = {
     "<|image_pad|>": 151655,
     "<|video_pad|>": 151656,
 }
-# Where the two published sizes differ; both vision towers are alike but for their output.
+# Where the published sizes differ; all vision towers are alike but for their output and intermediate_size.
 PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
     "3b": {
         "vocab_size": 151936,
@@ -81,15 +90,36 @@ PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
     },
+    "32b": {
+        "vocab_size": 152064,
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "72b": {
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
 }
-SHAPES = ("tiny", *PUBLISHED_SHAPES)
+VISION_INTERMEDIATE = {"3b": 3420, "7b": 3420, "32b": 3456, "72b": 3456}
+TINY_SHAPES = ("tiny", "tiny-untied")
+SHAPES = (*TINY_SHAPES, *PUBLISHED_SHAPES)
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor to write: its published name and its shape."""
+    """One tensor to write: its name in the file, that in transformers' module, and its shape."""
 
     name: str
+    parameter: str
     shape: tuple[int, ...]
 
     @property
@@ -98,34 +128,61 @@ class TensorPlan:
 
 
 def model_config(shape: str) -> Qwen2_5_VLConfig:
-    """The config of a shape: "tiny" is the built-in model's, "3b" and "7b" are the published ones.
+    """The config of a shape: "tiny" is the built-in model's, the others but "tiny-untied" are the published ones.
 
     Raises ValueError for another shape.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape is {shape!r}; legal: {' | '.join(SHAPES)}")
-    config = tiny_config() if shape == "tiny" else _published_config(PUBLISHED_SHAPES[shape])
+    config = tiny_config() if shape in TINY_SHAPES else _published_config(shape)
+    if shape == "tiny-untied":
+        config.tie_word_embeddings = False
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     config.dtype = torch.bfloat16
     return config
 
 
-def plan_tensors(config: Qwen2_5_VLConfig) -> list[TensorPlan]:
+def plan_tensors(config: Qwen2_5_VLConfig, layout: str = "old") -> list[TensorPlan]:
     """Every tensor of the checkpoint in the model's order; a tied vocabulary head is not stored."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    plans = [TensorPlan(_published_name(name), tuple(p.shape)) for name, p in model.named_parameters()]
-    return [plan for plan in plans if not (config.tie_word_embeddings and plan.name == "lm_head.weight")]
+    without_head = layout == "base" or config.tie_word_embeddings
+    return [
+        TensorPlan(_stored_name(name, layout), name, tuple(p.shape))
+        for name, p in model.named_parameters()
+        if not (without_head and name == "lm_head.weight")
+    ]
 
 
-def random_tensor(plan: TensorPlan, seed: int) -> torch.Tensor:
-    """bf16 weights that depend on (seed, name, shape) alone: normal with std 0.02, and ones where a norm scales."""
-    tensor = torch.empty(plan.shape, dtype=torch.bfloat16)
-    if "norm" in plan.name or plan.name.endswith("ln_q.weight"):
-        return tensor.fill_(1)
-    digest = hashlib.sha256(f"{seed} {plan.name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    return tensor.normal_(0, STD, generator=generator)
+def random_values(plan: TensorPlan, seed: int) -> Iterator[memoryview]:
+    """A tensor's bytes in pieces, which depend on (seed, parameter, shape) alone: bf16, ones where a norm scales.
+
+    Else they are normal with std 0.02: consecutive values of one pool, from a place that the parameter's name chooses.
+    """
+    count = math.prod(plan.shape)
+    is_scale = plan.parameter.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln_q.weight"))
+    pool = _ones() if is_scale else _pool(seed)
+    digest = hashlib.sha256(plan.parameter.encode()).digest()
+    first = int.from_bytes(digest[:8], "little") % POOL_VALUES
+    while count:
+        piece = min(count, POOL_VALUES - first)
+        yield pool[first * BF16_BYTES : (first + piece) * BF16_BYTES]
+        count, first = count - piece, 0
+
+
+@cache
+def _pool(seed: int) -> memoryview:
+    generator = torch.Generator().manual_seed(seed)
+    return _bytes(torch.empty(POOL_VALUES, dtype=torch.bfloat16).normal_(0, STD, generator=generator))
+
+
+@cache
+def _ones() -> memoryview:
+    return _bytes(torch.ones(POOL_VALUES, dtype=torch.bfloat16))
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    return values.view(torch.uint8).numpy().data
 
 
 def write_checkpoint(
@@ -134,23 +191,30 @@ def write_checkpoint(
     *,
     seed: int = 0,
     tokenizer: Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int | None = SHARD_BYTES,
+    layout: str = "old",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write the folder `out` and return it; nothing is there before all of it is.
 
     Args:
         tokenizer: folder to copy the tokenizer from; the built-in one if not given.
-        shard_bytes: a file holds at most this many, or one tensor.
+        shard_bytes: a file holds at most this many, or one tensor; None for a single model.safetensors.
+        layout: a key of `LAYOUTS`.
         progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
-        ValueError: unknown shape, `out` is used, too little room on the disk, a tokenizer that does not fit.
+        ValueError: unknown shape or layout, `out` is used, too little room on the disk, a tokenizer that does not fit.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {str(out)!r} is not empty; use a new folder")
     config = model_config(shape)
-    shards = _split(plan_tensors(config), shard_bytes)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is {layout!r}; legal: {' | '.join(LAYOUTS)}")
+    if shard_bytes is not None and shard_bytes < 1:
+        raise ValueError(f"shard_bytes is {shard_bytes}; it must be at least 1, or None for one file")
+    plans = plan_tensors(config, layout)
+    shards = [plans] if shard_bytes is None else _split(plans, shard_bytes)
     total = sum(plan.bytes for shard in shards for plan in shard)
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -160,15 +224,16 @@ def write_checkpoint(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary, "checkpoint")
         folder.mkdir()
-        config.save_pretrained(folder)
+        _write_config(folder, config, layout)
         _write_tokenizer(folder, shape, tokenizer)
         _check_tokenizer(folder, config)
-        _write_shards(folder, shards, seed, progress)
+        _write_weights(folder, shards, seed, progress, single=shard_bytes is None)
         folder.replace(out)
     return out
 
 
-def _published_config(shape: dict[str, Any]) -> Qwen2_5_VLConfig:
+def _published_config(name: str) -> Qwen2_5_VLConfig:
+    shape = PUBLISHED_SHAPES[name]
     text = {
         **shape,
         "max_position_embeddings": 128000,
@@ -180,7 +245,7 @@ def _published_config(shape: dict[str, Any]) -> Qwen2_5_VLConfig:
     vision = {
         "depth": 32,
         "hidden_size": 1280,
-        "intermediate_size": 3420,
+        "intermediate_size": VISION_INTERMEDIATE[name],
         "num_heads": 16,
         "out_hidden_size": shape["hidden_size"],
         "patch_size": 14,
@@ -201,11 +266,30 @@ def _published_config(shape: dict[str, Any]) -> Qwen2_5_VLConfig:
     )
 
 
-def _published_name(name: str) -> str:
-    for module, published in NAME_PREFIXES:
+def _stored_name(name: str, layout: str) -> str:
+    for module, stored in LAYOUTS[layout].items():
         if name.startswith(module):
-            return published + name.removeprefix(module)
+            return stored + name.removeprefix(module)
     return name
+
+
+def _write_config(folder: Path, config: Qwen2_5_VLConfig, layout: str) -> None:
+    """config.json as the layout's files have it."""
+    if layout == "base":
+        config.architectures = ["Qwen2_5_VLModel"]
+    config.save_pretrained(folder)
+    if layout != "old":
+        return
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    text = values.pop("text_config")
+    rope = text.pop("rope_parameters")
+    values["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    values["rope_theta"] = rope["rope_theta"]
+    values["torch_dtype"] = values.pop("dtype")
+    for name in ("model_type", "dtype", "layer_types"):
+        text.pop(name, None)
+    path.write_text(json.dumps({**text, **values}, indent=2) + "\n", encoding="utf-8")
 
 
 def _split(plans: list[TensorPlan], shard_bytes: int) -> list[list[TensorPlan]]:
@@ -221,28 +305,47 @@ def _split(plans: list[TensorPlan], shard_bytes: int) -> list[list[TensorPlan]]:
     return shards
 
 
-def _write_shards(
-    folder: Path, shards: list[list[TensorPlan]], seed: int, progress: Callable[[int, int], None] | None
+def _write_weights(
+    folder: Path,
+    shards: list[list[TensorPlan]],
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+    *,
+    single: bool,
 ) -> None:
     total = sum(plan.bytes for shard in shards for plan in shard)
     done, weight_map = 0, {}
     for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for plan in shard:
-            tensors[plan.name] = random_tensor(plan, seed)
-            weight_map[plan.name] = name
-            done += plan.bytes
-            if progress is not None:
-                progress(done, total)
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        name = SINGLE_NAME if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with (folder / name).open("wb") as file:
+            file.write(_header(shard))
+            for plan in shard:
+                for piece in random_values(plan, seed):
+                    file.write(piece)
+                weight_map[plan.name] = name
+                done += plan.bytes
+                if progress is not None:
+                    progress(done, total)
+    if not single:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _header(shard: list[TensorPlan]) -> bytes:
+    """The head of a safetensors file: its length, and where each tensor is in what follows."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    first = 0
+    for plan in shard:
+        entries[plan.name] = {"dtype": "BF16", "shape": plan.shape, "data_offsets": [first, first + plan.bytes]}
+        first += plan.bytes
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 def _write_tokenizer(folder: Path, shape: str, source: Path | None) -> None:
     if source is None:
-        ids = SPECIAL_IDS if shape == "tiny" else PUBLISHED_IDS
+        ids = SPECIAL_IDS if shape in TINY_SHAPES else PUBLISHED_IDS
         _byte_tokenizer(ids).save_pretrained(folder)
         return
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
@@ -279,13 +382,28 @@ def _check_tokenizer(folder: Path, config: Any) -> None:
             raise ValueError(f"tokenizer: {token} has id {found}; the shape's is {expected}")
 
 
+def _gigabytes(text: str) -> int | None:
+    if text == "none":
+        return None
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}; legal: above 0, or none")
+    return int(value * 1e9)
+
+
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the temporary folder is removed
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, required=True, help="tiny: the built-in model's")
+    parser.add_argument(
+        "--shape", choices=SHAPES, required=True, help="tiny: the built-in model's; tiny-untied: with a head"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint; new or empty")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other weights (default: 0)")
     parser.add_argument("--tokenizer", type=Path, help="folder to copy the tokenizer from")
+    parser.add_argument("--layout", choices=LAYOUTS, default="old", help="names of tensors (default: old)")
+    parser.add_argument(
+        "--shard-size", type=_gigabytes, default=SHARD_BYTES, metavar="GB", help="none: one file (default: 1.07)"
+    )
     args = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True, markup=False)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -296,14 +414,22 @@ def main() -> int:
             def progress(done: int, total: int) -> None:
                 bar.update(task, completed=done, total=total)
 
-            write_checkpoint(args.out, args.shape, seed=args.seed, tokenizer=args.tokenizer, progress=progress)
+            write_checkpoint(
+                args.out,
+                args.shape,
+                seed=args.seed,
+                tokenizer=args.tokenizer,
+                shard_bytes=args.shard_size,
+                layout=args.layout,
+                progress=progress,
+            )
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    size = json.loads((args.out / INDEX_NAME).read_text(encoding="utf-8"))["metadata"]["total_size"]
+    size = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
     console.print(f"{args.out}: {args.shape}, {size / 1e9:.2f} GB of random weights, seed {args.seed}")
     return 0
 

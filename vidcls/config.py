@@ -1,9 +1,7 @@
-"""Every option of a training run: flat YAML keys in four sections, checked before anything heavy is imported.
+"""A recipe and what follows from it, checked before anything heavy is imported. The keys are in options.py.
 
 Nothing here may import torch, transformers or deepspeed: a typing mistake must be answered in well under a second,
 on every rank, before the twenty seconds that those imports cost.
-
-Keys are named as LLaMA-Factory names them. Each key has exactly one default and one home, which is its line below.
 """
 
 from __future__ import annotations
@@ -13,15 +11,29 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-ACTION_TOKEN = "<ACTION>"
-VIDEO_TAG = "<video>"
-DEFAULT_CACHE_GB = 50
-DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
+from vidcls.options import (
+    ACTION_TOKEN,
+    DEFAULT_NAME,
+    OWNER,
+    SECTIONS,
+    VIDEO_TAG,
+    AugmentOptions,
+    DataOptions,
+    DatasetOptions,
+    EvalOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    Section,
+)
+
+REGISTRY_NAME = "datasets.yaml"
+METRICS = ("top1", "top5", "mean_class_accuracy", "loss")
 
 
 class ConfigError(ValueError):
@@ -32,114 +44,19 @@ class PromptError(ValueError):
     """A prompt that cannot be encoded."""
 
 
-def check_prompt(prompt: str) -> None:
+def check_prompt(prompt: str, action_token: str = ACTION_TOKEN) -> None:
     """Raise PromptError unless there is exactly one <video> and, behind it, exactly one <ACTION>."""
-    videos, actions = prompt.count(VIDEO_TAG), prompt.count(ACTION_TOKEN)
+    videos, actions = prompt.count(VIDEO_TAG), prompt.count(action_token)
     if videos != 1 or actions != 1:
         raise PromptError(
-            f"prompt {prompt!r} has {videos} {VIDEO_TAG} and {actions} {ACTION_TOKEN}; it must have exactly one of each"
+            f"prompt {prompt!r} has {videos} {VIDEO_TAG} and {actions} {action_token}; it must have exactly one of each"
         )
-    if prompt.index(ACTION_TOKEN) < prompt.index(VIDEO_TAG):
+    if prompt.index(action_token) < prompt.index(VIDEO_TAG):
         raise PromptError(
-            f"prompt {prompt!r} has {ACTION_TOKEN} before {VIDEO_TAG}; it must come after, "
+            f"prompt {prompt!r} has {action_token} before {VIDEO_TAG}; it must come after, "
             "because a token sees only what is before it"
         )
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class ModelOptions(Section):
-    model_name_or_path: str = Field(description="local Qwen2.5-VL folder, or 'tiny' (built in, random)")
-    finetuning_type: Literal["lora"] = Field("lora", description="how the language model is tuned")
-    lora_rank: int = Field(16, ge=1, description="rank of the LoRA matrices")
-    lora_alpha: float = Field(32, gt=0, description="LoRA scale is lora_alpha / lora_rank")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the input of the LoRA branch")
-    action_decoder_type: Literal["linear", "mlp"] = Field("linear", description="classification head")
-    action_decoder_hidden_size: int | None = Field(
-        None, ge=1, description="hidden width of the mlp head (default: the backbone's)"
-    )
-    num_action_classes: int | None = Field(
-        None, ge=2, description="expected class count; checked against the shards, which own the number"
-    )
-    flash_attn: Literal["auto", "sdpa", "fa2", "eager"] = Field(
-        "auto", description="attention kernels: fa2 needs a GPU and flash-attn; auto is sdpa"
-    )
-    gradient_checkpointing: bool = Field(False, description="recompute language layers in backward")
-
-
-class DataOptions(Section):
-    dataset: str = Field(description="folder of shards (tools/make_shards.py), or its http(s):// or s3:// URL")
-    prompt: str = Field(DEFAULT_PROMPT, description="used for clips whose shard stores no prompt")
-    video_maxlen: int = Field(128, ge=1, description="frames per clip at most; more stored ones are thinned evenly")
-    temporal_jitter: bool = Field(
-        True, description="thin to a random frame of each part of a clip in training; false: always the middle one"
-    )
-    video_max_pixels: int = Field(128 * 128, ge=28 * 28, description="height x width of a frame at most")
-    video_min_pixels: int = Field(28 * 28, ge=1, description="height x width of a frame at least")
-    cutoff_len: int = Field(2048, ge=8, description="longest sequence in tokens; longer is an error")
-    shuffle_shards: int | None = Field(
-        None, ge=1, description="shuffle within this many shards at a time (default: within all of them)"
-    )
-    on_bad_sample: Literal["error", "skip"] = Field(
-        "error", description="a clip that cannot be read stops training, or is skipped; evaluation always stops"
-    )
-    max_bad_samples: float = Field(
-        0.01, ge=0, le=1, description="skipping more different clips than this share of the data set stops the run"
-    )
-    cache_dir: str | None = Field(
-        None, description="where shards of a URL are kept on each node (default: $VIDCLS_CACHE, or a temporary folder)"
-    )
-    cache_gb: float = Field(DEFAULT_CACHE_GB, gt=0, le=10**6, description="size of that cache in 10^9 bytes")
-    dataloader_num_workers: int = Field(1, ge=0, description="loader processes per rank")
-
-
-class OptimOptions(Section):
-    per_device_train_batch_size: int | None = Field(None, ge=1, description="clips per forward and rank")
-    gradient_accumulation_steps: int | None = Field(None, ge=1, description="forwards per optimizer step")
-    train_batch_size: int | None = Field(None, ge=1, description="clips per optimizer step over all ranks")
-    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of LoRA and head")
-    action_token_lr_scale: float = Field(1.0, gt=0, description="learning rate of <ACTION> is this times")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled (AdamW); not on biases, norms, <ACTION>")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Adam's denominator offset")
-    max_grad_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: never")
-    lr_scheduler_type: Literal["cosine", "linear", "polynomial", "constant"] = Field(
-        "cosine", description="shape of the decay after warm-up"
-    )
-    lr_scheduler_power: float = Field(2.0, gt=0, description="exponent of the polynomial schedule")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of all steps that warm up linearly")
-    warmup_steps: int | None = Field(None, ge=0, description="warm-up in steps instead of warmup_ratio")
-    num_train_epochs: float = Field(3.0, gt=0, description="passes over the data when max_steps is not set")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides num_train_epochs")
-    bf16: bool = Field(True, description="bfloat16 weights with fp32 master copies; false: fp32")
-
-
-class RunOptions(Section):
-    output_dir: str = Field(description="everything the run writes goes here")
-    overwrite_output_dir: bool = Field(False, description="delete an earlier run in output_dir instead of refusing it")
-    resume_from_checkpoint: str | None = Field(
-        None, description="a checkpoint folder, or 'latest' in output_dir (fresh start if it has none)"
-    )
-    deepspeed: str = Field("ds_configs/zero2.json", description="ZeRO and communication settings (JSON)")
-    save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints; the last is always saved")
-    save_total_limit: int | None = Field(3, ge=1, description="checkpoints kept")
-    logging_steps: int = Field(10, ge=1, description="optimizer steps between log lines")
-    plot_loss: bool = Field(True, description="write training_loss.png")
-    report_to: Literal["none", "tensorboard"] = Field("tensorboard", description="extra log writers")
-    seed: int = Field(42, ge=0, description="order, initial weights and dropout follow from it")
-    ddp_timeout: int = Field(600, ge=1, description="seconds until a collective that hangs is an error")
-
-
-SECTIONS: dict[str, type[Section]] = {
-    "model": ModelOptions,
-    "data": DataOptions,
-    "optim": OptimOptions,
-    "run": RunOptions,
-}
-OWNER = {key: section for section, cls in SECTIONS.items() for key in cls.model_fields}
 
 # What DeepSpeed would also read but the recipe owns; a number in both places would be two truths.
 OWNED_BY_RECIPE = {
@@ -156,32 +73,47 @@ OWNED_BY_RECIPE = {
 }
 
 
+@dataclass(frozen=True)
+class TrainSet:
+    """A data set to train on. place: its shards. head: which head it trains. weight: None: by its clip count."""
+
+    name: str
+    place: str
+    head: str
+    weight: float | None
+    prompt: str
+    augment: AugmentOptions
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A data set to evaluate on while training."""
+
+    name: str
+    place: str
+    head: str
+    prompt: str
+
+
 class Config(BaseModel):
     """A resolved run. Frozen: nothing is changed after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model: ModelOptions
     data: DataOptions
+    augment: AugmentOptions
     optim: OptimOptions
+    eval: EvalOptions
     run: RunOptions
     zero: dict[str, Any] = Field(description="the content of the run.deepspeed file")
+    train_sets: tuple[TrainSet, ...] = Field(description="the data sets, with the registry's names resolved")
+    eval_sets: tuple[EvalSet, ...]
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        try:
-            check_prompt(self.data.prompt)
-        except ValueError as error:
-            raise ValueError(f"prompt: {error}") from None
-        if self.data.video_min_pixels > self.data.video_max_pixels:
-            raise ValueError(
-                f"video_min_pixels: {self.data.video_min_pixels} is more than video_max_pixels "
-                f"({self.data.video_max_pixels})"
-            )
-        if self.model.action_decoder_hidden_size and self.model.action_decoder_type != "mlp":
-            raise ValueError(
-                f"action_decoder_hidden_size: {self.model.action_decoder_hidden_size} has no effect with "
-                f"action_decoder_type {self.model.action_decoder_type!r}; use mlp or leave it out"
-            )
+        for check in (_check_data, _check_model, _check_evaluation):
+            if problem := check(self):
+                raise ValueError(problem)
         batch_plan(self.optim, world_size=None)
         return self
 
@@ -191,7 +123,11 @@ class Config(BaseModel):
 
     def flat(self) -> dict[str, Any]:
         """Every key and value, as a recipe would hold them."""
-        return {key: value for name in SECTIONS for key, value in getattr(self, name).model_dump().items()}
+        return {key: value for name in SECTIONS for key, value in getattr(self, name).model_dump(mode="json").items()}
+
+    @property
+    def has_lora(self) -> bool:
+        return "lora" in (self.model.finetuning_type, self.model.vision_tuning, self.model.merger_tuning)
 
     def dump(self) -> str:
         """The resolved recipe as YAML, which repeats the run: it neither resumes nor overwrites anything."""
@@ -277,6 +213,8 @@ def load_config(recipe: str | Path, overrides: list[str] | None = None) -> Confi
 def config_from_values(values: dict[str, Any]) -> Config:
     """Check flat keys and build the configuration. Raises ConfigError with all mistakes at once."""
     errors = [_unknown_key(key) for key in values if key not in OWNER]
+    if (values.get("dataset") is None) == (values.get("datasets") is None):
+        errors.append("dataset: required, not given: either dataset (one head) or datasets (a head each), not both")
     sections: dict[str, Section] = {}
     for name, cls in SECTIONS.items():
         try:
@@ -288,10 +226,218 @@ def config_from_values(values: dict[str, Any]) -> Config:
     run = sections["run"]
     assert isinstance(run, RunOptions)
     zero = _read_deepspeed_file(run.deepspeed)
+    data, augment = sections["data"], sections["augment"]
+    assert isinstance(data, DataOptions)
+    assert isinstance(augment, AugmentOptions)
+    train_sets, eval_sets = resolve_data_sets(data, augment)
     try:
-        return Config(zero=zero, **sections)  # type: ignore[arg-type]
+        return Config(zero=zero, train_sets=train_sets, eval_sets=eval_sets, **sections)  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigError("\n".join(str(e["ctx"]["error"]) for e in error.errors())) from None
+
+
+def resolve_data_sets(data: DataOptions, augment: AugmentOptions) -> tuple[tuple[TrainSet, ...], tuple[EvalSet, ...]]:
+    """The data sets that `dataset` or `datasets` name, with their places.
+
+    Raises:
+        ConfigError: a name that is no place, a name twice, weights for some only.
+    """
+    registry = _Registry(Path(data.dataset_dir))
+    if data.datasets is None:
+        assert data.dataset is not None
+        names, places = _names_and_places(data.dataset, "dataset", registry)
+        trained = [
+            TrainSet(name, place, DEFAULT_NAME, None, data.prompt, augment)
+            for name, place in zip(names, places, strict=True)
+        ]
+        evaluated = []
+        if data.eval_dataset is not None:
+            names, places = _names_and_places(data.eval_dataset, "eval_dataset", registry)
+            evaluated = [
+                EvalSet(name, place, DEFAULT_NAME, data.prompt) for name, place in zip(names, places, strict=True)
+            ]
+    else:
+        if data.eval_dataset is not None:
+            raise ConfigError("eval_dataset: stands in each entry of datasets, not beside them")
+        names = [entry.name for entry in data.datasets]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"datasets: two entries have the name {doubled[0]!r}")
+        if len({entry.weight is None for entry in data.datasets}) > 1:
+            missing = [entry.name for entry in data.datasets if entry.weight is None]
+            raise ConfigError(f"datasets: {missing[0]!r} has no weight, others have one; give it to all or none")
+        trained = [
+            TrainSet(
+                entry.name,
+                registry.place(entry.dataset, f"datasets: {entry.name}: dataset"),
+                entry.name,
+                entry.weight,
+                entry.prompt or data.prompt,
+                _with_changes(augment, entry),
+            )
+            for entry in data.datasets
+        ]
+        evaluated = [
+            EvalSet(
+                entry.name,
+                registry.place(entry.eval_dataset, f"datasets: {entry.name}: eval_dataset"),
+                entry.name,
+                entry.prompt or data.prompt,
+            )
+            for entry in data.datasets
+            if entry.eval_dataset is not None
+        ]
+    return tuple(trained), tuple(evaluated)
+
+
+class _Registry:
+    """datasets.yaml: lines `name: shards`, folders relative to the file, or URLs. Read when a name is looked up."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def place(self, text: str, field: str) -> str:
+        """Shards by path (with a slash, or a folder that is there), URL or name."""
+        if "/" in text or Path(text).is_dir():
+            return text
+        path = self._folder / REGISTRY_NAME
+        if not path.is_file():
+            hint = ""
+            if (self._folder / "dataset_info.json").is_file():
+                hint = "; from the dataset_info.json there, tools/make_shards.py sharegpt makes shards"
+            raise ConfigError(
+                f"{field}: {text!r} is not a folder of shards, and there is no {path} to look it up in{hint}"
+            )
+        try:
+            names = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"dataset_dir: {path} is not YAML: {error}") from None
+        if not isinstance(names, dict) or not all(isinstance(x, str) for pair in names.items() for x in pair):
+            raise ConfigError(f"dataset_dir: {path} must hold lines `name: shards`")
+        if text not in names:
+            close = difflib.get_close_matches(text, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(names)) or 'no names'}"
+            raise ConfigError(f"{field}: {text!r} is neither a folder of shards nor a name in {path}; {hint}")
+        place = names[text]
+        return place if "://" in place else str(self._folder / place)
+
+
+def _names_and_places(text: str, field: str, registry: _Registry) -> tuple[list[str], list[str]]:
+    if Path(text).is_dir() or "," not in text:
+        return [DEFAULT_NAME], [registry.place(text, field)]
+    names = [name.strip() for name in text.split(",")]
+    if len({*names}) < len(names) or "" in names:
+        raise ConfigError(f"{field}: {text!r} must be different names with commas between them")
+    return names, [registry.place(name, field) for name in names]
+
+
+def _with_changes(augment: AugmentOptions, entry: DatasetOptions) -> AugmentOptions:
+    try:
+        return AugmentOptions(**{**augment.model_dump(), **entry.augment})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"datasets: {entry.name}: augment: {_field_error(AugmentOptions, first)}") from None
+
+
+def _check_data(config: Config) -> str | None:
+    data, model = config.data, config.model
+    for each in config.train_sets:
+        try:
+            check_prompt(with_action_token(each.prompt, model.action_token), model.action_token)
+        except ValueError as error:
+            return f"prompt: {error}"
+    if data.video_min_pixels > min(data.video_max_pixels, data.image_max_pixels or data.video_max_pixels):
+        return (
+            f"video_min_pixels: {data.video_min_pixels} is more than video_max_pixels ({data.video_max_pixels}) or "
+            f"image_max_pixels ({data.image_max_pixels})"
+        )
+    if data.val_size >= 1 and data.val_size != int(data.val_size):
+        return f"val_size: {data.val_size} must be a share below 1 or a whole number of clips"
+    if data.mixing_temperature != 1 and (len(config.train_sets) == 1 or config.train_sets[0].weight is not None):
+        return f"mixing_temperature: {data.mixing_temperature} has no effect with one data set, or with weights"
+    if data.dense_stride != 2 and data.frame_sampling != "dense":
+        return f"dense_stride: {data.dense_stride} has no effect with frame_sampling {data.frame_sampling!r}; use dense"
+    return None
+
+
+def _check_model(config: Config) -> str | None:
+    model, optim, kind = config.model, config.optim, config.model.action_decoder_type
+    no_lora = "has no effect without LoRA: finetuning_type, vision_tuning and merger_tuning have none"
+    for key, used, needed in (
+        ("use_dora", model.use_dora, no_lora),
+        ("use_rslora", model.use_rslora, no_lora),
+        ("loraplus_lr_ratio", optim.loraplus_lr_ratio is not None, no_lora),
+        ("adapter_name_or_path", model.adapter_name_or_path is not None, no_lora),
+    ):
+        if used and not config.has_lora:
+            return f"{key}: {getattr(optim if key in OptimOptions.model_fields else model, key)!r} {needed}"
+    if model.lora_target != "all" and model.finetuning_type != "lora":
+        return f"lora_target: {model.lora_target!r} has no effect with finetuning_type {model.finetuning_type!r}"
+    if model.action_decoder_hidden_size and kind == "linear":
+        return (
+            f"action_decoder_hidden_size: {model.action_decoder_hidden_size} has no effect with action_decoder_type "
+            "'linear'; use mlp or attention, or leave it out"
+        )
+    if model.action_decoder_num_heads and kind != "attention":
+        return (
+            f"action_decoder_num_heads: {model.action_decoder_num_heads} has no effect with action_decoder_type "
+            f"{kind!r}; use attention or leave it out"
+        )
+    if model.flash_attn == "fa2" and not optim.bf16:
+        return "flash_attn: 'fa2' needs bf16: true; flash-attention has no float32"
+    if model.num_action_classes is not None and config.data.datasets is not None:
+        return f"num_action_classes: {model.num_action_classes} is for dataset; each of datasets has its own number"
+    if model.action_decoder_init == "class_names" and kind != "linear":
+        return f"action_decoder_init: 'class_names' needs action_decoder_type 'linear', not {kind!r}"
+    if model.action_decoder_init != "normal" and model.action_decoder_path is not None:
+        return f"action_decoder_init: {model.action_decoder_init!r} has no effect with action_decoder_path; drop one"
+    for part, tuning in (("vision", model.vision_tuning), ("merger", model.merger_tuning)):
+        key = f"{part}_lr_scale"
+        if getattr(optim, key) != 1 and tuning == "frozen":
+            return f"{key}: {getattr(optim, key)} has no effect with {part}_tuning 'frozen'; use lora or full"
+    if not model.trust_remote_code and has_own_tokenizer(Path(model.model_name_or_path)):
+        return (
+            f"trust_remote_code: false, but the tokenizer of {model.model_name_or_path} is Python code in that folder; "
+            "true lets it run"
+        )
+    if optim.focal_gamma != OptimOptions.model_fields["focal_gamma"].default and optim.loss_type != "focal":
+        return f"focal_gamma: {optim.focal_gamma} has no effect with loss_type {optim.loss_type!r}; use focal"
+    return None
+
+
+def has_own_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder brings code for its tokenizer; without it transformers takes another class silently."""
+    try:
+        stored = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return "AutoTokenizer" in stored.get("auto_map", {})
+    except (OSError, ValueError, AttributeError):
+        return False  # no such file, or one that is refused when it is loaded
+
+
+def _check_evaluation(config: Config) -> str | None:
+    options = config.eval
+    wanted = options.eval_strategy != "no"
+    if wanted and not config.eval_sets and not config.data.val_size:
+        return f"eval_strategy: {options.eval_strategy!r} needs clips to evaluate on: give val_size or eval_dataset"
+    if config.eval_sets and not wanted:
+        return f"eval_dataset: {config.eval_sets[0].place!r} has no effect with eval_strategy 'no'; use steps or epoch"
+    if options.eval_steps is not None and options.eval_strategy != "steps":
+        return f"eval_steps: {options.eval_steps} has no effect with eval_strategy {options.eval_strategy!r}; use steps"
+    if options.load_best_model_at_end and not wanted:
+        return "load_best_model_at_end: true needs eval_strategy steps or epoch: nothing is evaluated to choose by"
+    if metric_name(options) not in METRICS:
+        return f"metric_for_best_model: {options.metric_for_best_model!r} is not legal: {' | '.join(METRICS)}"
+    return None
+
+
+def metric_name(options: EvalOptions) -> str:
+    """metric_for_best_model without transformers' prefix eval_; accuracy is top1."""
+    name = options.metric_for_best_model.removeprefix("eval_")
+    return "top1" if name == "accuracy" else name
+
+
+def with_action_token(prompt: str, action_token: str) -> str:
+    """A prompt as the tokenizer sees it: <ACTION> in recipes and shards stands for whatever the token is called."""
+    return prompt if action_token in prompt else prompt.replace(ACTION_TOKEN, action_token)
 
 
 def check_output_dir(run: RunOptions) -> None:
@@ -314,7 +460,11 @@ def describe_options() -> str:
     for name, cls in SECTIONS.items():
         lines.append(f"\n{name}:")
         for key, field in cls.model_fields.items():
-            default = "required" if field.is_required() else f"default {json.dumps(field.default)}"
+            default = (
+                "required"
+                if field.is_required()
+                else f"default {json.dumps(field.get_default(call_default_factory=True))}"
+            )
             legal = _legal(field.annotation, field.metadata)
             lines.append(f"  {key}  ({default}{'; ' + legal if legal else ''})\n      {field.description}")
     return "\n".join(lines)
@@ -328,11 +478,14 @@ def _unknown_key(key: Any) -> str:
 
 def _field_error(cls: type[Section], item: Any) -> str:
     key = str(item["loc"][0])
+    where = ": ".join(
+        str(part) for part in item["loc"] if not str(part).startswith(("list[", "literal[", "constrained"))
+    )
     if item["type"] == "missing":
         return f"{key}: required, not given ({cls.model_fields[key].description})"
     field = cls.model_fields[key]
     legal = _legal(field.annotation, field.metadata)
-    return f"{key}: {item['input']!r} is not legal: {item['msg']}{' (legal: ' + legal + ')' if legal else ''}"
+    return f"{where}: {item['input']!r} is not legal: {item['msg']}{' (legal: ' + legal + ')' if legal else ''}"
 
 
 def _legal(annotation: Any, metadata: list[Any]) -> str:
@@ -355,6 +508,7 @@ def _read_deepspeed_file(name: str) -> dict[str, Any]:
         raise ConfigError(f"deepspeed: {name!r} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"deepspeed: {name!r} holds {type(content).__name__}, not an object")
+    content = _without_auto(content)
     both = [f"deepspeed: {name!r} sets {k!r}; that number is owned by {OWNED_BY_RECIPE[k]!r} of the recipe: "
             f"remove it from the file" for k in content if k in OWNED_BY_RECIPE]  # fmt: skip
     if both:
@@ -364,3 +518,15 @@ def _read_deepspeed_file(name: str) -> dict[str, Any]:
     if stage not in (2, 3):
         raise ConfigError(f"deepspeed: {name!r} has zero_optimization.stage {stage!r}; legal: 2 | 3")
     return content
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what transformers' DeepSpeed files leave to others by "auto": the recipe owns it, or DeepSpeed has a
+    default."""
+    kept = {key: value for key, value in values.items() if value != "auto"}
+    switched = {key for key, value in kept.items() if isinstance(value, dict) and value.get("enabled") == "auto"}
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in kept.items()
+        if key not in switched
+    }

@@ -26,11 +26,11 @@ def seal(folder: Path) -> None:
     fsync(folder)
 
 
-def verify(folder: Path, *, only: frozenset[str] | None = None) -> None:
+def verify(folder: Path, *, skip_prefix: str | None = None) -> None:
     """Raise CheckpointError naming the first file that is missing or differs from the manifest.
 
     Args:
-        only: look at these files alone, those of them that the manifest lists.
+        skip_prefix: do not look at files whose names begin so.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -40,7 +40,7 @@ def verify(folder: Path, *, only: frozenset[str] | None = None) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     for name, expected in files.items():
-        if only is not None and name not in only:
+        if skip_prefix is not None and name.startswith(skip_prefix):
             continue
         member = folder / name
         if not member.is_file():

@@ -13,20 +13,23 @@ import pytest
 import torch
 
 from tests.support.forgery import forge_sample
+from tests.support.shards import clip_batches
 from tests.support.web import web
-from vidcls.config import DEFAULT_PROMPT, PromptError
+from vidcls.config import PromptError
 from vidcls.data.batch import Batch, collate, prepare_clip
 from vidcls.data.codecs import FrameError, decode_frames
 from vidcls.data.frames import jittered, view
 from vidcls.data.index import ShardError, ShardIndex
+from vidcls.data.joint import JointOrder
 from vidcls.data.loader import ClipBatches, Request, evaluation_requests, training_requests
-from vidcls.data.order import SampleOrder, ShardWindow, StepLayout
+from vidcls.data.order import ShardWindow, StepLayout
 from vidcls.data.places import CacheSettings, LocalFolder
 from vidcls.data.reading import read_batches
 from vidcls.data.shards import ShardReader
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tiny import tiny_config, tiny_tokenizer
+from vidcls.options import DEFAULT_PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,7 @@ def encoder() -> PromptEncoder:
 
 @pytest.fixture
 def clips(small_shards: Path, encoder: PromptEncoder) -> ClipBatches:
-    return ClipBatches(ShardIndex.open(small_shards), encoder, prompt=DEFAULT_PROMPT, max_frames=16)
+    return clip_batches(ShardIndex.open(small_shards), encoder, 16)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -51,7 +54,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_batches_do_not_depend_on_the_worker_count(clips: ClipBatches, workers: int) -> None:
-    requests = list(training_requests(SampleOrder(26, 1), StepLayout(6, 3, 1, 0), 0, 6))
+    requests = list(training_requests(JointOrder.single(26, 1), StepLayout(6, 3, 1, 0), 0, 6))
     alone = list(read_batches(clips, requests, workers=0, pin=False))
     # All of them kept, which is more than there is shared memory for.
     shared = list(read_batches(clips, requests, workers=workers, pin=False))
@@ -67,7 +70,7 @@ def pixel_digest(frames: np.ndarray) -> str:
 
 
 def global_stream(
-    clips: ClipBatches, order: SampleOrder, *, world: int, workers: int, first: int, last: int
+    clips: ClipBatches, order: JointOrder, *, world: int, workers: int, first: int, last: int
 ) -> list[tuple[str, str]]:
     """(key, digest of the pixels) of the clips of steps [first, last) of 12, in the order of all ranks' shares."""
     per_rank = []
@@ -87,12 +90,12 @@ def test_the_stream_is_the_same_on_any_ranks_and_workers_and_after_a_resume(
 ) -> None:
     index = ShardIndex.open(small_shards)
     assert len(index.shards) == 3
-    clips = ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=2, jitter_seed=1)
-    order = SampleOrder(26, 1, None if shards is None else ShardWindow(index.shard, shards))
+    clips = clip_batches(index, encoder, 2, seed=1)
+    order = JointOrder.single(26, 1, None if shards is None else ShardWindow(index.shard, shards))
     straight = global_stream(clips, order, world=1, workers=0, first=0, last=5)
     reader = ShardReader(index)
     for position, (key, digest) in enumerate(straight):
-        epoch, sample = order.at(position)
+        epoch, sample = order.at(position).epoch, order.at(position).sample
         frames = decode_frames(reader.read(sample).frames, "jpg", 56, 56)
         assert (key, digest) == (index.keys[sample], pixel_digest(frames[jittered(4, 2, 1, epoch, sample)]))
     assert sorted(key for key, _ in straight[:26]) == sorted(index.keys)
@@ -104,14 +107,14 @@ def test_the_stream_is_the_same_on_any_ranks_and_workers_and_after_a_resume(
 
 
 def test_a_run_resumed_at_a_step_reads_the_tail_of_the_straight_one(clips: ClipBatches) -> None:
-    layout, order = StepLayout(8, 2, 2, 1), SampleOrder(26, 5)
+    layout, order = StepLayout(8, 2, 2, 1), JointOrder.single(26, 5)
     straight = list(training_requests(order, layout, 0, 10))
     assert list(training_requests(order, layout, 4, 10)) == straight[4 * layout.accumulation :]
 
 
 def test_frames_and_labels_are_those_of_the_shards(clips: ClipBatches) -> None:
     batch = clips.read(Request((3, 17)))
-    reader = ShardReader(clips.index)
+    reader = ShardReader(clips.sources[0].index)
     stored = [reader.read(3), reader.read(17)]
     assert batch.keys == tuple(s.about.key for s in stored)
     assert batch.labels_B.tolist() == [s.about.label for s in stored]
@@ -127,8 +130,8 @@ def test_training_takes_other_frames_each_epoch_and_evaluation_the_view_it_asks_
     index = ShardIndex.open(small_shards)
     decoded = decode_frames(ShardReader(index).read(5).frames, "jpg", 56, 56)
 
-    def read(request: Request, jitter_seed: int | None = 9) -> np.ndarray:
-        clips = ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=2, jitter_seed=jitter_seed)
+    def read(request: Request, jitter: bool = True) -> np.ndarray:
+        clips = clip_batches(index, encoder, 2, seed=9, jitter=jitter)
         return clips.read(request).frames.numpy()
 
     epochs = [read(Request((5,), epochs=(epoch,))) for epoch in range(8)]
@@ -136,7 +139,7 @@ def test_training_takes_other_frames_each_epoch_and_evaluation_the_view_it_asks_
         assert np.array_equal(frames, decoded[jittered(4, 2, 9, epoch, 5)].reshape(-1))
     assert len({frames.tobytes() for frames in epochs}) > 1
     middle = decoded[[1, 3]].reshape(-1)
-    assert np.array_equal(read(Request((5,), epochs=(3,)), jitter_seed=None), middle)
+    assert np.array_equal(read(Request((5,), epochs=(3,)), jitter=False), middle)
     assert np.array_equal(read(Request((5,))), middle)
     for number in range(2):
         expected = decoded[view(4, 2, number, 2)].reshape(-1)
@@ -147,9 +150,9 @@ def test_frames_that_are_not_used_are_not_decoded(small_shards: Path, encoder: P
     folder = shutil.copytree(small_shards, tmp_path / "shards")
     forge_sample(folder, spoil_frame(0))
     index = ShardIndex.open(folder)
-    assert ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=2).read(Request((0,))).bad == ()
+    assert clip_batches(index, encoder, 2).read(Request((0,))).bad == ()
     with pytest.raises(FrameError, match=rf"shard-000000.tar: {index.keys[0]}: frame 0: "):
-        ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=4).read(Request((0,)))
+        clip_batches(index, encoder, 4).read(Request((0,)))
 
 
 def spoil_frame(number: int) -> Callable[[bytes], bytes]:
@@ -181,10 +184,9 @@ def test_a_clip_that_cannot_be_read_is_skipped_and_changes_nothing_else(
     index = ShardIndex.open(folder)
     (folder / index.shards[2].name).unlink()
     request = Request((0, 3, 12, 25, 4), epochs=(0,) * 5)
-    options = {"prompt": DEFAULT_PROMPT, "max_frames": 16, "skip_bad": True}
-    whole = ClipBatches(ShardIndex.open(small_shards), encoder, **options).read(request)
+    whole = clip_batches(ShardIndex.open(small_shards), encoder, skip_bad=True).read(request)
     for workers in (0, 2):
-        (batch,) = read_batches(ClipBatches(index, encoder, **options), [request], workers=workers, pin=False)
+        (batch,) = read_batches(clip_batches(index, encoder, skip_bad=True), [request], workers=workers, pin=False)
         assert batch.weights_B.tolist() == [0.0, 1.0, 0.0, 0.0, 1.0]
         assert batch.labels_B.tolist() == [
             label * int(w) for label, w in zip(whole.labels_B, batch.weights_B, strict=True)
@@ -206,7 +208,7 @@ def test_evaluation_stops_at_a_clip_that_cannot_be_read(
     folder = shutil.copytree(small_shards, tmp_path / "shards")
     flip_a_bit(folder, 2)
     index = ShardIndex.open(folder)
-    clips = ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=16)
+    clips = clip_batches(index, encoder, 16)
     requests = evaluation_requests(index, 4, 1, 0)
     with pytest.raises(ShardError, match=rf"shard-000000.tar.*{index.keys[2]}.*checksum"):
         list(read_batches(clips, requests, workers=1, pin=False))
@@ -222,10 +224,10 @@ def test_shards_of_a_url_are_fetched_before_they_are_needed(
         sizes = [path.stat().st_size for path in small_shards.glob("*.tar")]
         cache = CacheSettings(folder=tmp_path / "cache", max_bytes=sum(sorted(sizes)[-2:]))
         index = ShardIndex.open(served.url, cache)
-        clips = ClipBatches(index, encoder, prompt=DEFAULT_PROMPT, max_frames=16)
-        order = SampleOrder(26, 1, ShardWindow(index.shard, 1))
+        clips = clip_batches(index, encoder, 16)
+        order = JointOrder.single(26, 1, ShardWindow(index.shard, 1))
         requests = list(training_requests(order, StepLayout(2, 2, 1, 0), 0, 13))
-        local = ClipBatches(ShardIndex.open(small_shards), encoder, prompt=DEFAULT_PROMPT, max_frames=16)
+        local = clip_batches(ShardIndex.open(small_shards), encoder, 16)
         remote = list(read_batches(clips, requests, workers=2, pin=False))
         assert all(same(a, b) for a, b in zip(remote, map(local.read, requests), strict=True))
         asked = {name: count for name, count in served.requests.items() if name.endswith(".tar")}
@@ -242,12 +244,12 @@ def test_each_change_of_shards_to_fetch_is_announced_once(small_shards: Path, en
             announced.append(list(files))
 
     heard = dataclasses.replace(index, folder=Folder(small_shards))
-    clips = ClipBatches(heard, encoder, prompt=DEFAULT_PROMPT, max_frames=1)
-    order = SampleOrder(26, 1, ShardWindow(index.shard, 2))
+    clips = clip_batches(heard, encoder, 1)
+    order = JointOrder.single(26, 1, ShardWindow(index.shard, 2))
     for request in training_requests(order, StepLayout(1, 1, 1, 0), 0, 26):
         clips.read(request)
     shards = [(shard.name, shard.bytes, shard.sha256) for shard in index.shards]
-    first, second = (shards[i] for i in order.shards_ahead(0))
+    first, second = (shards[i] for _, i in order.shards_ahead(0))
     (third,) = {*shards} - {first, second}
     assert announced[:2] == [[first, second], [first, second, third]]
     assert announced[2][0] == third
@@ -297,13 +299,13 @@ def test_frames_are_thinned_uniformly_and_odd_counts_repeat_the_last(encoder: Pr
 
 def test_a_prompt_that_does_not_fit_names_the_clip(small_shards: Path, encoder: PromptEncoder) -> None:
     short = PromptEncoder(encoder.tokenizer, encoder.geometry, encoder.video_token_id, 20, 784, 3136)
-    clips = ClipBatches(ShardIndex.open(small_shards), short, prompt=DEFAULT_PROMPT, max_frames=16)
+    clips = clip_batches(ShardIndex.open(small_shards), short, 16)
     with pytest.raises(PromptError, match=r"clip 'down_clip_0000'.*needs \d+ tokens .*cutoff_len allows 20"):
         clips.read(Request((0,)))
 
 
 def test_padding_batches_have_weight_zero(clips: ClipBatches) -> None:
-    requests = [evaluation_requests(clips.index, 8, 5, rank) for rank in range(5)]
+    requests = [evaluation_requests(clips.sources[0].index, 8, 5, rank) for rank in range(5)]
     assert [len(r) for r in requests] == [1, 1, 1, 1, 1]
     padding = clips.read(requests[4][0])
     assert padding.weights_B.tolist() == [0.0]

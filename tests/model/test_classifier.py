@@ -4,15 +4,18 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vidcls.config import DEFAULT_PROMPT
-from vidcls.model.backbone import LoraSettings, action_token_init, add_lora, load_backbone, load_config, load_tokenizer
-from vidcls.model.classifier import ActionClassifier, ActionToken, parameter_kind
+from vidcls.model.classifier import ActionClassifier, ActionToken
 from vidcls.model.heads import ActionDecoder
-from vidcls.model.losses import cross_entropy_sum
+from vidcls.model.language_head import LanguageHead
 from vidcls.model.patches import VisionGeometry, frames_to_patches
 from vidcls.model.prompt import PromptEncoder
+from vidcls.model.tokens import action_token_init, load_tokenizer
+from vidcls.model.tuning import TuningSettings, parameter_part, tune
+from vidcls.model.weights import load_backbone, load_config
+from vidcls.options import DEFAULT_PROMPT
 
 CLIPS = (  # frames, height, width, seconds per grid step, prompt
     (8, 112, 112, 0.5, DEFAULT_PROMPT),
@@ -22,19 +25,26 @@ CLIPS = (  # frames, height, width, seconds per grid step, prompt
 )
 
 
-def make_classifier(*, lora=True, dtype=torch.float32, decoder_type="mlp"):
+def make_classifier(*, lora=True, dtype=torch.float32, classes=None, answers=False, decoder_type="mlp"):
+    """`classes`: by head, in place of a single one with 6."""
     backbone = load_backbone("tiny", dtype=dtype)
     tokenizer, token_id = load_tokenizer("tiny")
-    token = ActionToken(action_token_init(backbone, tokenizer))
+    token = ActionToken(action_token_init("tiny", tokenizer, dtype))
+    language_head = LanguageHead(backbone.language_model.embed_tokens.weight) if answers else None
     if lora:
-        backbone = add_lora(backbone, LoraSettings(4, 8, 0.0), seed=0)
+        backbone = tune(backbone, TuningSettings(lora_rank=4), seed=0)
         generator = torch.Generator().manual_seed(0)
         for name, parameter in backbone.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.1, generator=generator)
-    head = ActionDecoder(128, 6, decoder_type, seed=0)
+    heads = {
+        name: ActionDecoder(128, count, decoder_type, seed=seed)
+        for seed, (name, count) in enumerate((classes or {"default": 6}).items())
+    }
     geometry = VisionGeometry.from_config(load_config("tiny"))
-    return ActionClassifier(backbone, head, token, action_token_id=token_id, geometry=geometry).eval()
+    return ActionClassifier(
+        backbone, heads, token, action_token_id=token_id, geometry=geometry, language_head=language_head
+    ).eval()
 
 
 def make_batch(clips=CLIPS):
@@ -54,12 +64,12 @@ def make_batch(clips=CLIPS):
         generator = torch.Generator().manual_seed(int(seconds * 10))
         pixels.append(torch.randint(0, 256, (frames * height * width * 3,), dtype=torch.uint8, generator=generator))
     ends = torch.tensor([len(row) - 1 for row in rows])
-    return torch.cat(pixels), grids, ids, positions, ends
+    return torch.cat(pixels), grids, ids, positions, ends, torch.zeros(len(rows), dtype=torch.long)
 
 
 def reference_logits(classifier, clips):
     """transformers' own forward over the same weights: its positions, windows, mask and scatter."""
-    frames, grids, ids, _, ends = make_batch(clips)
+    frames, grids, ids, _, ends, _ = make_batch(clips)
     config = load_config("tiny")
     whole = Qwen2_5_VLForConditionalGeneration(config).eval()
     whole.model = copy.deepcopy(classifier.inner)
@@ -77,7 +87,7 @@ def reference_logits(classifier, clips):
         output_hidden_states=True,
         use_cache=False,
     )
-    return classifier.head(out.hidden_states[-1][torch.arange(len(ids)), ends])
+    return classifier.heads["default"](out.hidden_states[-1][torch.arange(len(ids)), ends])
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -125,10 +135,11 @@ def test_gradients_reach_lora_token_and_head_and_nothing_else(dtype):
     classifier = make_classifier(dtype=dtype).train()
     logits_BC = classifier(*make_batch(CLIPS[:2]))
     assert logits_BC.dtype == torch.float32
-    cross_entropy_sum(logits_BC, torch.tensor([1, 2]), torch.ones(2))[0].backward()
+    F.cross_entropy(logits_BC, torch.tensor([1, 2])).backward()
     kinds = {"lora": 0, "action_token": 0, "head": 0, "frozen": 0}
     for name, parameter in classifier.named_parameters():
-        kind = parameter_kind(name)
+        part = parameter_part(name)
+        kind = part if part in kinds else "lora" if ".lora_" in name else "frozen"
         kinds[kind] += 1
         assert parameter.dtype == dtype
         assert parameter.requires_grad == (kind != "frozen"), name
@@ -151,6 +162,74 @@ def test_checkpointing_the_language_model_keeps_gradients():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
+def test_each_row_gets_the_logits_of_its_own_head_and_no_class_beyond():
+    classifier = make_classifier(classes={"few": 3, "many": 6})
+    *batch, _ = make_batch()
+    heads_B = torch.tensor([1, 0, 0, 1])
+    logits_BC = classifier(*batch, heads_B)
+    alone = [classifier(*batch, torch.full((4,), head)) for head in (0, 1)]
+    for row, head in enumerate(heads_B.tolist()):
+        assert torch.equal(logits_BC[row], alone[head][row])
+    assert torch.isinf(logits_BC[[1, 2], 3:]).all()
+    assert torch.isfinite(logits_BC[[0, 3]]).all()
+    F.cross_entropy(logits_BC[[1, 2]], torch.tensor([0, 2])).backward()
+    assert all(not p.grad.any() for p in classifier.heads["many"].parameters())
+    assert all(p.grad.any() for p in classifier.heads["few"].parameters())
+
+
+@torch.no_grad()
+def test_an_attention_head_reads_the_clips_tokens_and_nothing_else():
+    classifier = make_classifier(decoder_type="attention")
+    seen = {}
+    classifier.heads["default"].register_forward_pre_hook(
+        lambda module, inputs, read: seen.update(read), with_kwargs=True
+    )
+    frames, grids, ids, *rest = make_batch()
+    together_BC = classifier(frames, grids, ids, *rest)
+    read = torch.tensor([load_config("tiny").video_token_id, classifier.action_token_id])
+    assert torch.equal(seen["mask_BL"], torch.isin(ids, read))
+    alone_BC = torch.cat([classifier(*make_batch([clip])) for clip in CLIPS])
+    torch.testing.assert_close(together_BC, alone_BC, atol=2e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_answers_change_no_logit_and_cost_what_the_language_model_says():
+    """Against transformers' own loss over its own vocabulary logits."""
+    classifier = make_classifier(answers=True)
+    config, (tokenizer, _) = load_config("tiny"), load_tokenizer("tiny")
+    encoder = PromptEncoder(tokenizer, VisionGeometry.from_config(config), config.video_token_id, 4096, 1, 10**6)
+    frames, grids, *_, heads_B = make_batch(CLIPS[:1])
+    row = encoder.encode(CLIPS[0][4], grids[0], CLIPS[0][3], answer="Pushing it left")
+    ids, positions = torch.from_numpy(row.input_ids)[None], torch.from_numpy(row.position_ids)[:, None]
+    assert tokenizer.decode(ids[0, row.action_position :]) == (
+        "<ACTION><|im_end|>\n<|im_start|>assistant\nPushing it left<|im_end|>"
+    )
+    answer_labels = torch.full_like(ids, -100)
+    answer_labels[0, row.answer_start - 1 : -1] = ids[0, row.answer_start :]
+    where = torch.tensor([row.action_position])
+    logits_BC, losses_B = classifier(frames, grids, ids, positions, where, heads_B, answer_labels)
+    plain_BC = classifier(*make_batch(CLIPS[:1]))
+    torch.testing.assert_close(logits_BC, plain_BC, atol=2e-6, rtol=1e-5)
+
+    whole = Qwen2_5_VLForConditionalGeneration(config).eval()
+    whole.model = copy.deepcopy(classifier.inner)
+    whole.model.language_model.embed_tokens.weight[classifier.action_token_id] = classifier.action_token.weight
+    # A matrix of its own: the row of <ACTION> is another one in the loss.
+    whole.lm_head.weight = copy.deepcopy(classifier.inner.language_model.embed_tokens.weight)
+    labels = ids.clone()
+    labels[0, : row.answer_start] = -100
+    expected = whole(
+        input_ids=ids,
+        pixel_values_videos=frames_to_patches(frames, grids, classifier.geometry, torch.float32),
+        video_grid_thw=torch.tensor(grids),
+        second_per_grid_ts=torch.tensor([CLIPS[0][3]]),
+        mm_token_type_ids=(ids == config.video_token_id).int() * 2,
+        labels=labels,
+        use_cache=False,
+    ).loss
+    assert losses_B.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_layouts_built_in_evaluation_serve_a_training_vision_tower():
     classifier = make_classifier().train()
     classifier.inner.visual.requires_grad_(True)
@@ -165,10 +244,10 @@ def test_layouts_built_in_evaluation_serve_a_training_vision_tower():
 def test_mistakes_are_named():
     backbone = load_backbone("tiny", dtype=torch.float32)
     good = {"action_token_id": 263, "geometry": VisionGeometry()}
-    with pytest.raises(ValueError, match="head has hidden size 64; the backbone's is 128"):
-        ActionClassifier(backbone, ActionDecoder(64, 6), ActionToken(torch.zeros(128)), **good)
+    with pytest.raises(ValueError, match="head h has hidden size 64; the backbone's is 128"):
+        ActionClassifier(backbone, {"h": ActionDecoder(64, 6)}, ActionToken(torch.zeros(128)), **good)
     with pytest.raises(ValueError, match="action_token has hidden size 64"):
-        ActionClassifier(backbone, ActionDecoder(128, 6), ActionToken(torch.zeros(64)), **good)
+        ActionClassifier(backbone, {"h": ActionDecoder(128, 6)}, ActionToken(torch.zeros(64)), **good)
     frames, grids, *rest = make_batch(CLIPS[:2])
     with pytest.raises(ValueError, match="grid_thw has 1 clips, input_ids has 2 rows"):
         make_classifier()(frames, grids[:1], *rest)

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from vidcls.config import DEFAULT_PROMPT, PromptError, check_prompt
-from vidcls.model.backbone import load_config, load_tokenizer
+from vidcls.config import PromptError, check_prompt
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder, rope_positions
 from vidcls.model.tiny import tiny_backbone
+from vidcls.model.tokens import load_tokenizer
+from vidcls.model.weights import load_config
+from vidcls.options import DEFAULT_PROMPT
 
 PROMPTS = (
     DEFAULT_PROMPT,
@@ -61,7 +63,8 @@ def test_a_prompt_without_exactly_one_video_then_one_action_is_refused(prompt, r
 
 def test_checking_a_prompt_loads_nothing_heavy():
     code = (
-        "import sys; from vidcls.config import DEFAULT_PROMPT, check_prompt; check_prompt(DEFAULT_PROMPT);"
+        "import sys; from vidcls.config import check_prompt; from vidcls.options import DEFAULT_PROMPT;"
+        "check_prompt(DEFAULT_PROMPT);"
         "sys.exit(bool({'torch', 'transformers', 'peft'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
@@ -151,7 +154,7 @@ def test_an_encoder_survives_pickling_and_many_prompts(monkeypatch):
 
 def test_frame_size_and_grid():
     encoder = make_encoder(max_pixels=112 * 112)
-    height, width = encoder.frame_size(240, 320)
+    height, width = encoder.frame_size(8, 240, 320)
     assert (height, width) == (84, 112)
     assert encoder.grid(7, height, width) == (4, 6, 8)
     with pytest.raises(ValueError, match="height is 240; it must be a positive multiple of 28"):

@@ -13,21 +13,28 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
+from tests.support.shards import clip_batches
 from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, Request
 from vidcls.data.order import SampleOrder
 from vidcls.model.classifier import ActionClassifier
+from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import ModelSpec, build_encoder, build_model
+from vidcls.model.weights import load_config
+
+FIRST = 6
 
 
 @dataclass(frozen=True)
 class PlainResult:
-    """One loss and gradient norm (before clipping) a step; weights and moments by parameter name, fp32."""
+    """One loss and gradient norm (before clipping) a step; weights and moments by parameter name, fp32. logits: of the
+    first FIRST clips, in eval mode, afterwards."""
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # keys as in a checkpoint: "kind/name"
     initial: dict[str, torch.Tensor] = field(default_factory=dict)  # by name
+    logits: list[torch.Tensor] = field(default_factory=list)
 
 
 def train_plainly(recipe: dict[str, Any], spec: ModelSpec, *, forward_size: int) -> PlainResult:
@@ -40,13 +47,15 @@ def train_plainly(recipe: dict[str, Any], spec: ModelSpec, *, forward_size: int)
     index = ShardIndex.open(recipe["dataset"])
     torch.manual_seed(0)
     encoder = build_encoder(spec)
-    model = build_model(
-        spec, encoder, num_classes=len(index.labels), decoder_type="linear", mlp_hidden_size=None, seed=recipe["seed"]
-    )
+    width = load_config(spec.model_name_or_path).text_config.hidden_size
+    kind = recipe.get("action_decoder_type", "linear")
+    head = ActionDecoder(width, len(index.labels), kind, seed=recipe["seed"])
+    model = build_model(spec, encoder, {"default": head}, seed=recipe["seed"])
     model.train()
-    clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
+    clips = clip_batches(index, encoder, spec.video_maxlen)
     order = SampleOrder(len(index), recipe["seed"])
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if _trains(name, recipe)}
+    assert all(p.requires_grad == (name in trained) for name, p in model.named_parameters())
     # bf16 weights are too coarse to add small updates to: Adam works on fp32 copies, the model gets them rounded.
     masters = {name: p.detach().float().clone().requires_grad_() for name, p in trained.items()}
     result = PlainResult(initial={name: master.detach().clone() for name, master in masters.items()})
@@ -67,6 +76,9 @@ def train_plainly(recipe: dict[str, Any], spec: ModelSpec, *, forward_size: int)
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(masters[name])
+    model.eval()
+    with torch.inference_mode():
+        result.logits.append(model(**clips[Request(tuple(range(FIRST)))].model_inputs()))
     for name, master in masters.items():
         result.tensors[f"weight/{name}"] = master.detach()
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -74,15 +86,27 @@ def train_plainly(recipe: dict[str, Any], spec: ModelSpec, *, forward_size: int)
     return result
 
 
+def _trains(name: str, recipe: dict[str, Any]) -> bool:
+    """What trains, spelled out: head and <ACTION>, and of the language model adapters, all layers, or nothing."""
+    if name.startswith(("heads.", "action_token.")):
+        return True
+    kind = recipe.get("finetuning_type", "lora")
+    if kind == "full":
+        return name.startswith(("backbone.language_model.layers.", "backbone.language_model.norm."))
+    return kind == "lora" and ".lora_" in name
+
+
 def _adam(masters: dict[str, torch.Tensor], recipe: dict[str, Any]) -> torch.optim.AdamW:
-    rate, decay = recipe["learning_rate"], recipe["weight_decay"]
-    lora = [master for name, master in masters.items() if ".lora_A." in name or ".lora_B." in name]
-    groups = [
-        {"params": [*lora, masters["head.layers.weight"]], "lr": rate, "weight_decay": decay},
-        {"params": [masters["head.layers.bias"]], "lr": rate, "weight_decay": 0.0},
-        {"params": [masters["action_token.weight"]], "lr": rate * recipe["action_token_lr_scale"], "weight_decay": 0.0},
-    ]
-    assert sum(len(group["params"]) for group in groups) == len(masters)
+    groups = []
+    for name, master in masters.items():
+        rate, decay = recipe["learning_rate"], recipe["weight_decay"]
+        if name == "action_token.weight":
+            rate *= recipe["action_token_lr_scale"]
+        if ".lora_B." in name:
+            rate *= recipe.get("loraplus_lr_ratio", 1.0)
+        if master.ndim == 1:  # biases, norms, DoRA's magnitudes, <ACTION>
+            decay = 0.0
+        groups.append({"params": [master], "lr": rate, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8)
 
 

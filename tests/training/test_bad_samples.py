@@ -14,9 +14,11 @@ import yaml
 
 from tests.support import launch
 from tests.support.launch import Finished
+from tests.support.shards import clip_batches
 from vidcls.data.index import ShardIndex
-from vidcls.data.loader import ClipBatches, Request
+from vidcls.data.loader import Request
 from vidcls.data.order import SampleOrder
+from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import build_encoder, build_model, read_spec
 
 pytestmark = pytest.mark.launch
@@ -90,12 +92,10 @@ def test_every_good_clip_keeps_its_share_of_the_gradient(
 ) -> None:
     spec = read_spec(finished[0] / "goes_on" / "checkpoint-5")
     index, encoder = ShardIndex.open(small_shards), build_encoder(spec)
-    model = build_model(
-        spec, encoder, num_classes=len(index.labels), decoder_type="linear", mlp_hidden_size=None, seed=SEED
-    )
+    model = build_model(spec, encoder, {"default": ActionDecoder(128, len(index.labels), seed=SEED)}, seed=SEED)
     order = SampleOrder(len(index), SEED)
     samples = tuple(order.at(position)[1] for position in range(BATCH))
-    batch = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen).read(Request(samples))
+    batch = clip_batches(index, encoder).read(Request(samples))
     good = torch.tensor([sample not in damaged[1] for sample in samples])
     assert int(good.sum()) == BATCH - 1
     losses_B = F.cross_entropy(model.train()(**batch.model_inputs()), batch.labels_B, reduction="none")

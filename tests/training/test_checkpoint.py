@@ -29,9 +29,7 @@ from vidcls.training.checkpoint import (
     write_state,
 )
 
-STATE = RunState(
-    step=4, adam_steps=3, seed=42, global_batch=8, samples=26, data_digest="d" * 16, label_fingerprint="f" * 16
-)
+STATE = RunState(step=4, adam_steps=3, stream={"seed": 42, "global_batch": 8, "a/data_digest": "d" * 16})
 TENSORS = {"weight/a": torch.arange(6.0).reshape(2, 3), "exp_avg/a": torch.ones(2, 3)}
 
 
@@ -164,11 +162,11 @@ def test_a_state_that_cannot_be_read_names_its_file(tmp_path: Path, content: str
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("seed", 43), ("global_batch", 16), ("samples", 25), ("data_digest", "e" * 16), ("label_fingerprint", "g" * 16)],
+    [("seed", 43), ("global_batch", 16), ("a/data_digest", "e" * 16), ("b/data_digest", "d" * 16)],
 )
 def test_another_stream_of_samples_is_refused(field: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=f"^resume_from_checkpoint: {field} is .* in the checkpoint and "):
-        STATE.check_continues(replace(STATE, **{field: value}))
+        STATE.check_continues(replace(STATE, stream={**STATE.stream, field: value}))
 
 
 def test_another_step_is_not_another_stream() -> None:
@@ -187,7 +185,7 @@ def stored(shape: tuple[int, ...] = (2, 3)) -> dict[str, torch.Tensor]:
 
 
 def test_weights_are_rounded_to_the_models_dtype(layer: nn.Linear) -> None:
-    load_weights(layer, stored())
+    load_weights(layer, stored(), averaged=False)
     assert torch.equal(layer.weight, torch.full((2, 3), 1 / 3).to(torch.bfloat16))
 
 
@@ -195,16 +193,34 @@ def test_a_tensor_the_checkpoint_lacks_is_named(layer: nn.Linear) -> None:
     tensors = stored()
     del tensors["exp_avg/weight"]
     with pytest.raises(CheckpointError, match=r"exp_avg/weight: stored not at all, needed \(2, 3\)"):
-        load_weights(layer, tensors)
+        load_weights(layer, tensors, averaged=False)
 
 
 def test_a_tensor_the_model_lacks_is_named(layer: nn.Linear) -> None:
     with pytest.raises(CheckpointError, match=r"weight/bias: stored \(2,\), needed not at all"):
-        load_weights(layer, {**stored(), "weight/bias": torch.zeros(2)})
+        load_weights(layer, {**stored(), "weight/bias": torch.zeros(2)}, averaged=False)
 
 
 def test_a_tensor_of_another_shape_is_named(layer: nn.Linear) -> None:
     before = layer.weight.clone()
     with pytest.raises(CheckpointError, match=r"3 tensors differ .* stored \(2, 4\), needed \(2, 3\)"):
-        load_weights(layer, stored((2, 4)))
+        load_weights(layer, stored((2, 4)), averaged=False)
     assert torch.equal(layer.weight, before)
+
+
+def test_averages_that_are_stored_and_not_wanted_are_refused(layer: nn.Linear) -> None:
+    with pytest.raises(CheckpointError, match=r"written with ema_decay, this run is without"):
+        load_weights(layer, {**stored(), "average/weight": torch.zeros(2, 3)}, averaged=False)
+    with pytest.raises(CheckpointError, match=r"written without ema_decay, this run is with;"):
+        load_weights(layer, stored(), averaged=True)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    folders = [write_checkpoint(tmp_path, step) for step in (1, 2, 3, 4)]
+    remove_old(tmp_path, keep=2, best=folders[0])
+    assert list_checkpoints(tmp_path) == [folders[0], *folders[2:]]
+
+
+def test_a_checkpoint_without_training_state_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no training state: it was written with save_only_model"):
+        read_state(tmp_path)

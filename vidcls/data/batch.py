@@ -18,23 +18,33 @@ from vidcls.data.codecs import resize_frames
 from vidcls.data.frames import view
 
 Grid = tuple[int, int, int]
+IGNORED = -100
+"""An answer label where nothing is to be predicted, as in torch's cross_entropy."""
 
 
 class EncodedText(Protocol):
-    """Token ids int64 [L] and rotary positions int64 [3, L]; the last token is <ACTION>."""
+    """Token ids int64 [L] and rotary positions int64 [3, L].
+
+    action_position: where <ACTION> stands, L - 1 unless an answer follows. answer_start: the first of the ids that a
+    language model is to predict; L without an answer.
+    """
 
     @property
     def input_ids(self) -> np.ndarray: ...
     @property
     def position_ids(self) -> np.ndarray: ...
+    @property
+    def action_position(self) -> int: ...
+    @property
+    def answer_start(self) -> int: ...
 
 
 class ClipEncoder(Protocol):
     """What the loader asks of the model side (model/prompt.py provides it)."""
 
-    def frame_size(self, height: int, width: int) -> tuple[int, int]: ...
+    def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]: ...
     def grid(self, frames: int, height: int, width: int) -> Grid: ...
-    def encode(self, prompt: str, grid: Grid, seconds_per_grid: float) -> EncodedText: ...
+    def encode(self, prompt: str, grid: Grid, seconds_per_grid: float, answer: str | None = None) -> EncodedText: ...
     @property
     def frames_per_grid(self) -> int: ...
 
@@ -55,7 +65,7 @@ class ClipShape:
     def of(cls, encoder: ClipEncoder, used: int, height: int, width: int) -> ClipShape:
         """For `used` frames that are stored as height x width pixels."""
         frames = used + -used % encoder.frames_per_grid
-        size = encoder.frame_size(height, width)
+        size = encoder.frame_size(used, height, width)
         return cls(used, (frames, *size, 3), encoder.grid(frames, *size))
 
     @property
@@ -77,7 +87,8 @@ class ClipShape:
 class PreparedClip:
     """One clip as the model takes it: frames uint8 [T, H, W, 3] with T a multiple of the temporal patch.
 
-    bad: why it could not be read; its frames are black then, and its weight is 0.
+    head: which head classifies it. source: which data set it is from. partner, share: a second label and its part of
+    the target, where two clips were mixed. bad: why it could not be read; its frames are black then, and its weight 0.
     """
 
     key: str
@@ -85,6 +96,10 @@ class PreparedClip:
     frames: np.ndarray
     grid: Grid
     text: EncodedText
+    head: int = 0
+    source: int = 0
+    partner: int = 0
+    share: float = 0.0
     bad: str | None = None
 
 
@@ -97,9 +112,14 @@ class Batch:
     input_ids_BL: torch.Tensor  # right padded
     position_ids_3BL: torch.Tensor
     action_positions_B: torch.Tensor  # where <ACTION> stands in each row
+    heads_B: torch.Tensor  # int64, which head classifies each row
     labels_B: torch.Tensor
+    partners_B: torch.Tensor  # int64, the second label of rows that two clips were mixed into
+    shares_B: torch.Tensor  # float32, the second label's part of the target; 0 where nothing was mixed
     weights_B: torch.Tensor  # float32
     keys: tuple[str, ...]
+    sources: tuple[int, ...]  # which data set each row is from, on the host
+    answer_labels_BL: torch.Tensor | None = None  # int64, the next token where an answer is to be said, else -100
     bad: tuple[tuple[str, str], ...] = ()  # (key, reason) of rows that could not be read: black, label 0, weight 0
 
     def __len__(self) -> int:
@@ -107,12 +127,15 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of ActionClassifier.forward."""
+        answers = {} if self.answer_labels_BL is None else {"answer_labels_BL": self.answer_labels_BL}
         return {
             "frames": self.frames,
             "grid_thw": self.grid_thw,
             "input_ids_BL": self.input_ids_BL,
             "position_ids_3BL": self.position_ids_3BL,
             "action_positions_B": self.action_positions_B,
+            "heads_B": self.heads_B,
+            **answers,
         }
 
     def to(self, device: torch.device) -> Batch:
@@ -168,19 +191,28 @@ def collate(clips: list[PreparedClip], weight: float = 1.0, frames: np.ndarray |
     # Padding repeats the row's first token: ordinary text, never <ACTION> or a video placeholder.
     input_ids_BL = np.empty((len(clips), lengths.max()), dtype=np.int64)
     position_ids_3BL = np.zeros((3, len(clips), lengths.max()), dtype=np.int64)
+    answer_labels_BL = np.full_like(input_ids_BL, IGNORED)
     for row, (clip, length) in enumerate(zip(clips, lengths, strict=True)):
-        input_ids_BL[row, :length] = clip.text.input_ids
-        input_ids_BL[row, length:] = clip.text.input_ids[0]
-        position_ids_3BL[:, row, :length] = clip.text.position_ids
+        text = clip.text
+        input_ids_BL[row, :length] = text.input_ids
+        input_ids_BL[row, length:] = text.input_ids[0]
+        position_ids_3BL[:, row, :length] = text.position_ids
+        answer_labels_BL[row, text.answer_start - 1 : length - 1] = text.input_ids[text.answer_start :]
     weights_B = np.array([0.0 if clip.bad else weight for clip in clips], dtype=np.float32)
+    has_answers = any(clip.text.answer_start < length for clip, length in zip(clips, lengths, strict=True))
     return Batch(
         frames=torch.from_numpy(frames),
         grid_thw=tuple(clip.grid for clip in clips),
         input_ids_BL=torch.from_numpy(input_ids_BL),
         position_ids_3BL=torch.from_numpy(position_ids_3BL),
-        action_positions_B=torch.from_numpy(lengths - 1),
+        action_positions_B=torch.tensor([clip.text.action_position for clip in clips]),
+        heads_B=torch.tensor([clip.head for clip in clips]),
         labels_B=torch.tensor([clip.label for clip in clips]),
+        partners_B=torch.tensor([clip.partner for clip in clips]),
+        shares_B=torch.tensor([clip.share for clip in clips], dtype=torch.float32),
         weights_B=torch.from_numpy(weights_B),
         keys=tuple(clip.key for clip in clips),
+        sources=tuple(clip.source for clip in clips),
+        answer_labels_BL=torch.from_numpy(answer_labels_BL) if has_answers else None,
         bad=tuple((clip.key, clip.bad) for clip in clips if clip.bad),
     )

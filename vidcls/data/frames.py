@@ -1,12 +1,13 @@
 """Which of a clip's stored frames are used, where more are stored than the model takes: pure integers.
 
 A clip of `total` frames is cut into `frames` equal parts, and one frame of each is taken (temporal segments: Wang et
-al. 2016, arXiv 1608.00859). A clip that has no more than `frames` is used whole, whatever else is asked.
+al. 2016, arXiv 1608.00859), or `frames` of them `stride` apart (dense: Feichtenhofer et al. 2019, arXiv 1812.03982).
+A clip that has no more than `frames` is used whole, whatever else is asked.
 """
 
 import numpy as np
 
-from vidcls.data.order import TEMPORAL_JITTER, random_words
+from vidcls.data.order import DENSE, TEMPORAL_JITTER, random_words
 
 
 def jittered(total: int, frames: int, seed: int, epoch: int, sample: int) -> list[int]:
@@ -27,3 +28,37 @@ def view(total: int, frames: int, number: int = 0, views: int = 1) -> list[int]:
     if total <= frames:
         return list(range(total))
     return [(2 * (i * views + number) + 1) * total // (2 * views * frames) for i in range(frames)]
+
+
+def dense(total: int, frames: int, stride: int, seed: int, epoch: int, sample: int) -> list[int]:
+    """A run of frames `stride` apart from a random start, for training: a pure function of its arguments.
+
+    Where the run would be longer than the clip, the stride is the largest that fits.
+    """
+    if total <= frames:
+        return list(range(total))
+    span, stride = _span(total, frames, stride)
+    (word,) = random_words(seed, epoch, 1, purpose=DENSE, item=sample).tolist()
+    start = word % (total - span + 1)
+    return list(range(start, start + span, stride))
+
+
+def dense_view(total: int, frames: int, stride: int, number: int = 0, views: int = 1) -> list[int]:
+    """Run `number` of `views`, for evaluation: the first begins with the clip, the last ends with it.
+
+    The others lie evenly between them, and the only one of 1 in the middle. Strides are those of `dense`.
+    """
+    assert 0 <= number < views, (number, views)
+    if total <= frames:
+        return list(range(total))
+    span, stride = _span(total, frames, stride)
+    room = total - span
+    start = room // 2 if views == 1 else room * number // (views - 1)
+    return list(range(start, start + span, stride))
+
+
+def _span(total: int, frames: int, stride: int) -> tuple[int, int]:
+    """(frames from the first to the last of a run, stride), both as they fit into `total` > `frames`."""
+    assert stride >= 1, stride
+    stride = min(stride, (total - 1) // max(1, frames - 1))
+    return (frames - 1) * stride + 1, stride

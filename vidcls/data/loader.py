@@ -1,24 +1,28 @@
 """From shards and an order to batches of uint8 frames, token ids and positions.
 
-Workers read, decode and resize; normalising and patchifying happen on the device (model/patches.py), so that one byte
-per colour value crosses process and bus.
+Workers read, decode, augment and resize; normalising and patchifying happen on the device (model/patches.py), so that
+one byte per colour value crosses process and bus.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import get_worker_info
 
+from vidcls.data.augment import AugmentSettings, augment_clip, mix_clips, mix_plan
 from vidcls.data.batch import Batch, ClipEncoder, ClipShape, EncodedText, PreparedClip, collate, seconds_per_grid
 from vidcls.data.codecs import FrameError, decode_frames
-from vidcls.data.frames import jittered, view
+from vidcls.data.frames import dense, dense_view, jittered, view
 from vidcls.data.index import ShardError, ShardIndex
-from vidcls.data.order import SampleOrder, StepLayout, evaluation_chunks
+from vidcls.data.joint import JointOrder, source_seed
+from vidcls.data.mirror import swap_sides
+from vidcls.data.order import StepLayout, evaluation_chunks
 from vidcls.data.shards import ShardReader
 
 TEXTS_KEPT = 512
@@ -28,61 +32,123 @@ TEXTS_KEPT = 512
 class Request:
     """One micro-batch to read.
 
-    weight: of its rows, 0 for a padding batch. epochs: in training, the epoch of each sample, on which the choice of
-    frames depends. view: otherwise, which of `views` views of each clip (frames.view). ahead: shards to fetch.
+    sources: the data set of each sample (all 0 when left out). weight: of its rows, 0 for a padding batch. epochs: in
+    training, the epoch of each sample, on which its frames and its augmentation depend. view: otherwise, which of
+    `views` views of each clip (frames.view). ahead: (data set, shard) to fetch.
     """
 
     samples: tuple[int, ...]
+    sources: tuple[int, ...] = ()
     weight: float = 1.0
     epochs: tuple[int, ...] | None = None
     view: int = 0
     views: int = 1
-    ahead: tuple[int, ...] = ()
+    ahead: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.sources) in (0, len(self.samples)), (self.sources, self.samples)
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """A data set as it is read.
+
+    prompt: for clips that store none. head: which head classifies its clips. In training also: ids: the samples that
+    take part, from which mixing draws its partners; shards_apart: partners come from the clip's own shard, because
+    others may not be at hand; mirror: int [C], the label of each class when flipped, -1 where it must not be.
+    """
+
+    index: ShardIndex
+    prompt: str
+    head: int = 0
+    augment: AugmentSettings | None = None
+    mirror: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    shards_apart: bool = False
+
+    def mixes(self) -> bool:
+        return self.augment is not None and (self.augment.mixup_alpha > 0 or self.augment.cutmix_alpha > 0)
+
+
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which stored frames are used where there are more than `most`. stride: of a dense run, in stored frames."""
+
+    most: int
+    sampling: Literal["segments", "dense"] = "segments"
+    stride: int = 1
+
+    def training(self, total: int, seed: int, epoch: int, sample: int) -> list[int]:
+        if self.sampling == "dense":
+            return dense(total, self.most, self.stride, seed, epoch, sample)
+        return jittered(total, self.most, seed, epoch, sample)
+
+    def evaluation(self, total: int, number: int, views: int) -> list[int]:
+        if self.sampling == "dense":
+            return dense_view(total, self.most, self.stride, number, views)
+        return view(total, self.most, number, views)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a batch before it is read. epoch: None in evaluation."""
+
+    source: int
+    sample: int
+    epoch: int | None
+    view: int
+    views: int
+    shape: ClipShape
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was read of a clip. swapped: it was mirrored, and left and right mean the opposite."""
+
+    label: int
+    seconds_per_grid: float
+    answer: str
+    swapped: bool
 
 
 class ClipBatches:
     """Reads a Request into a Batch, in this process (read_batches has worker processes do it).
 
-    max_frames: of a clip; of more, some are chosen before any is decoded. jitter_seed: training takes a random frame
-    of each part of the clip (frames.jittered); None: always the middle one. skip_bad: a clip that cannot be read
-    becomes a black one of weight 0 that Batch.bad names; otherwise it raises ShardError or FrameError.
+    seed: of frames and augmentation in training. jitter: training chooses frames at random; otherwise as evaluation
+    does. skip_bad: a clip that cannot be read becomes a black one of weight 0 that Batch.bad names; otherwise it
+    raises ShardError or FrameError. answers: put each clip's answer behind <ACTION>: its own, or its class name.
     """
 
     def __init__(
         self,
-        index: ShardIndex,
+        sources: Sequence[ClipSource],
         encoder: ClipEncoder,
+        frames: FrameChoice,
         *,
-        prompt: str,
-        max_frames: int,
-        jitter_seed: int | None = None,
+        seed: int = 0,
+        jitter: bool = True,
         skip_bad: bool = False,
+        answers: bool = False,
     ) -> None:
-        self.reader = ShardReader(index)
+        self.sources = tuple(sources)
         self.encoder = encoder
-        self.prompt = prompt
-        self.max_frames = max_frames
-        self.jitter_seed = jitter_seed
+        self.frames = frames
+        self.seeds = tuple(source_seed(seed, number) for number in range(len(self.sources)))
+        self.jitter = jitter
         self.skip_bad = skip_bad
+        self.answers = answers
+        self._readers = [ShardReader(source.index) for source in self.sources]
         # Few texts differ: clips of one size and frame rate share theirs. They are never written to.
         self._encode = lru_cache(maxsize=TEXTS_KEPT)(encoder.encode)
-        self._announced: tuple[int, ...] = ()
-
-    @property
-    def index(self) -> ShardIndex:
-        return self.reader.index
+        self._announced: tuple[tuple[int, int], ...] = ()
 
     def shapes(self) -> set[ClipShape]:
-        """Every different shape that clips of this data set have."""
-        index = self.index
-        used = np.minimum(index.frames, self.max_frames)
-        stored = {*zip(used.tolist(), index.height.tolist(), index.width.tolist(), strict=True)}
+        """Every different shape that clips of these data sets have."""
+        stored: set[tuple[int, int, int]] = set()
+        for index in (source.index for source in self.sources):
+            used = np.minimum(index.frames, self.frames.most)
+            stored |= {*zip(used.tolist(), index.height.tolist(), index.width.tolist(), strict=True)}
         return {ClipShape.of(self.encoder, *each) for each in stored}
-
-    def shape_of(self, sample: int) -> ClipShape:
-        index = self.index
-        used = min(int(index.frames[sample]), self.max_frames)
-        return ClipShape.of(self.encoder, used, int(index.height[sample]), int(index.width[sample]))
 
     def __getitem__(self, request: Request) -> Batch:
         return self.read(request)
@@ -90,83 +156,172 @@ class ClipBatches:
     def read(self, request: Request, into: np.ndarray | None = None) -> Batch:
         """The batch; its frames lie at the start of `into` (uint8), if that is given."""
         self._announce(request.ahead)
-        shapes = [self.shape_of(sample) for sample in request.samples]
+        rows = self._rows(request)
+        shapes = [row.shape for row in rows]
         ends = list(itertools.accumulate(shape.bytes for shape in shapes))
         frames = np.empty(ends[-1], dtype=np.uint8) if into is None else into[: ends[-1]]
-        clips = []
-        for row, (shape, end) in enumerate(zip(shapes, ends, strict=True)):
-            out = frames[end - shape.bytes : end].reshape(shape.shape)
-            clips.append(self._clip(request, row, shape, out))
+        clips = [
+            self._clip(row, frames[end - row.shape.bytes : end].reshape(row.shape.shape))
+            for row, end in zip(rows, ends, strict=True)
+        ]
         return collate(clips, request.weight, frames)
 
-    def _clip(self, request: Request, row: int, shape: ClipShape, out: np.ndarray) -> PreparedClip:
-        sample, index = request.samples[row], self.index
-        key, prompt = index.keys[sample], index.prompt_of(sample) or self.prompt
+    def _rows(self, request: Request) -> list[_Row]:
+        rows = []
+        for place, sample in enumerate(request.samples):
+            source = request.sources[place] if request.sources else 0
+            index = self.sources[source].index
+            used = min(int(index.frames[sample]), self.frames.most)
+            shape = ClipShape.of(self.encoder, used, int(index.height[sample]), int(index.width[sample]))
+            epoch = None if request.epochs is None else request.epochs[place]
+            rows.append(_Row(source, sample, epoch, request.view, request.views, shape))
+        return rows
+
+    def _clip(self, row: _Row, out: np.ndarray) -> PreparedClip:
+        source = self.sources[row.source]
+        index, key = source.index, source.index.keys[row.sample]
+        prompt = index.prompt_of(row.sample) or source.prompt
+        about = {"key": key, "frames": out, "grid": row.shape.grid, "head": source.head, "source": row.source}
         try:
-            times = self._read_frames(sample, self._chosen(request, row), shape, out)
+            own = self._read_frames(row, out)
+            partner, share = self._mix(row, out)
         except (ShardError, FrameError) as error:
             if not self.skip_bad:
                 raise
             out[:] = 0
-            return PreparedClip(key, 0, out, shape.grid, self._text(key, prompt, shape, [0.0]), bad=str(error))
-        return PreparedClip(key, int(index.label[sample]), out, shape.grid, self._text(key, prompt, shape, times))
+            text = self._text(key, prompt, row.shape, 0.0, "" if self.answers else None)
+            return PreparedClip(**about, label=0, text=text, bad=str(error))
+        # What is said is one action: of a mixed clip the larger part.
+        answer = (own if partner is None or share <= 0.5 else partner).answer
+        if own.swapped:
+            prompt = swap_sides(prompt)
+        text = self._text(key, prompt, row.shape, own.seconds_per_grid, answer if self.answers else None)
+        second = 0 if partner is None else partner.label
+        return PreparedClip(**about, label=own.label, text=text, partner=second, share=share)
 
-    def _chosen(self, request: Request, row: int) -> list[int]:
-        sample = request.samples[row]
-        total = int(self.index.frames[sample])
-        if request.epochs is not None and self.jitter_seed is not None:
-            return jittered(total, self.max_frames, self.jitter_seed, request.epochs[row], sample)
-        return view(total, self.max_frames, request.view, request.views)
+    def _mix(self, row: _Row, out: np.ndarray) -> tuple[_Seen | None, float]:
+        """Mix another clip of the data set into `out`: that clip, and its share of the target."""
+        source = self.sources[row.source]
+        if row.epoch is None or not source.mixes():
+            return None, 0.0
+        assert source.augment is not None
+        assert source.ids is not None
+        ids = source.ids
+        if source.shards_apart:
+            shard = source.index.shard
+            ids = ids[shard[ids] == shard[row.sample]]
+        place = int(np.searchsorted(ids, row.sample))
+        mix = mix_plan(source.augment, self.seeds[row.source], row.epoch, place, len(ids))
+        if mix is None:
+            return None, 0.0
+        other = replace(row, sample=int(ids[mix.partner]))
+        frames = np.empty_like(out[: row.shape.used])
+        seen = self._read_frames(replace(other, shape=self._fitted(other, row.shape)), frames)
+        _, share = mix_clips(out[: row.shape.used], frames, mix)
+        out[row.shape.used :] = out[row.shape.used - 1]
+        return seen, share
 
-    def _read_frames(self, sample: int, chosen: list[int], shape: ClipShape, out: np.ndarray) -> list[float]:
-        """Decode the chosen frames into `out`; returns their times."""
-        index = self.index
-        stored = self.reader.read(sample)
-        frames = [stored.frames[i] for i in chosen]
+    def _fitted(self, row: _Row, shape: ClipShape) -> ClipShape:
+        """The shape of a clip that is to lie over another one of `shape`."""
+        height, width = shape.shape[1:3]
+        return ClipShape(shape.used, (shape.used, height, width, 3), shape.grid)
+
+    def _read_frames(self, row: _Row, out: np.ndarray) -> _Seen:
+        """Decode, augment and resize the chosen frames into `out`."""
+        source = self.sources[row.source]
+        index = source.index
+        chosen = self._chosen(row)
+        stored = self._readers[row.source].read(row.sample)
+        encoded = [stored.frames[i] for i in chosen]
+        size = int(index.height[row.sample]), int(index.width[row.sample])
+        augment = source.augment if row.epoch is not None else None
+        straight = augment is None and size == row.shape.shape[1:3]  # to its place, if it fits
         try:
-            size = int(index.height[sample]), int(index.width[sample])
-            into = out[: shape.used] if size == shape.shape[1:3] else None  # straight to its place if it fits
-            shape.fill(out, decode_frames(frames, index.settings.codec, *size, out=into))
+            frames = decode_frames(
+                encoded, index.settings.codec, *size, out=out[: row.shape.used] if straight else None
+            )
         except FrameError as error:
-            shard = index.shards[index.shard[sample]].name
-            raise FrameError(f"{index.folder.name}/{shard}: {index.keys[sample]}: {error}") from error
-        return [stored.about.frame_times[i] for i in chosen]
+            shard = index.shards[index.shard[row.sample]].name
+            raise FrameError(f"{index.folder.name}/{shard}: {index.keys[row.sample]}: {error}") from error
+        flipped = False
+        label = int(index.label[row.sample])
+        if augment is not None:
+            assert row.epoch is not None
+            one_sided = source.mirror is not None and source.mirror[label] < 0
+            settings = replace(augment, horizontal_flip=0.0) if one_sided else augment
+            frames, flipped = augment_clip(frames, settings, self.seeds[row.source], row.epoch, row.sample)
+        row.shape.fill(out, frames)
+        times = [stored.about.frame_times[i] for i in chosen]
+        swapped = flipped and source.mirror is not None
+        if swapped:
+            assert source.mirror is not None
+            label = int(source.mirror[label])
+        answer = stored.about.answer
+        if answer is None:
+            answer = index.labels.names[label]
+        elif swapped:
+            answer = swap_sides(answer)
+        return _Seen(label, seconds_per_grid(times, self.encoder), answer, swapped)
 
-    def _text(self, key: str, prompt: str, shape: ClipShape, times: list[float]) -> EncodedText:
+    def _chosen(self, row: _Row) -> list[int]:
+        """As many stored frames as the shape asks for; of a clip that has fewer, the last one again."""
+        total = int(self.sources[row.source].index.frames[row.sample])
+        if row.epoch is not None and self.jitter:
+            chosen = self.frames.training(total, self.seeds[row.source], row.epoch, row.sample)
+        else:
+            chosen = self.frames.evaluation(total, row.view, row.views)
+        used = row.shape.used
+        if len(chosen) > used:
+            return [chosen[i] for i in view(len(chosen), used)]
+        return chosen + chosen[-1:] * (used - len(chosen))
+
+    def _text(self, key: str, prompt: str, shape: ClipShape, seconds: float, answer: str | None) -> EncodedText:
         try:
-            return self._encode(prompt, shape.grid, seconds_per_grid(times, self.encoder))
+            return self._encode(prompt, shape.grid, seconds, answer)
         except ValueError as error:
             raise type(error)(f"clip {key!r}: {error}") from None
 
-    def _announce(self, ahead: tuple[int, ...]) -> None:
+    def _announce(self, ahead: tuple[tuple[int, int], ...]) -> None:
         """Have shards fetched that will be needed."""
         if ahead == self._announced:
             return
         self._announced = ahead
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        # Each worker begins with its own part, so that as many shards as workers are fetched at a time.
-        parts = [ahead[(number + i) % workers :: workers] for i in range(workers)]
-        shards = [self.index.shards[shard] for part in parts for shard in part]
-        self.index.folder.prefetch([(shard.name, shard.bytes, shard.sha256) for shard in shards])
+        for source, group in itertools.groupby(ahead, key=lambda pair: pair[0]):
+            shards = [shard for _, shard in group]
+            # Each worker begins with its own part, so that as many shards as workers are fetched at a time.
+            parts = [shards[(number + i) % workers :: workers] for i in range(workers)]
+            index = self.sources[source].index
+            wanted = [index.shards[shard] for part in parts for shard in part]
+            index.folder.prefetch([(shard.name, shard.bytes, shard.sha256) for shard in wanted])
 
 
-def training_requests(order: SampleOrder, layout: StepLayout, first_step: int, last_step: int) -> Iterator[Request]:
+def training_requests(order: JointOrder, layout: StepLayout, first_step: int, last_step: int) -> Iterator[Request]:
     """This rank's micro-batches of optimizer steps [first_step, last_step)."""
     for step in range(first_step, last_step):
         for micro_step in range(layout.accumulation):
             positions = layout.positions(step, micro_step)
-            epochs, samples = zip(*map(order.at, positions), strict=True)
-            yield Request(samples, epochs=epochs, ahead=order.shards_ahead(positions.start))
+            drawn = [order.at(position) for position in positions]
+            yield Request(
+                tuple(each.sample for each in drawn),
+                tuple(each.source for each in drawn),
+                epochs=tuple(each.epoch for each in drawn),
+                ahead=order.shards_ahead(positions.start),
+            )
 
 
-def evaluation_requests(index: ShardIndex, micro: int, world_size: int, rank: int) -> list[Request]:
-    """This rank's batches of one evaluation of every clip, the same number on every rank."""
+def evaluation_requests(
+    index: ShardIndex, micro: int, world_size: int, rank: int, ids: np.ndarray | None = None
+) -> list[Request]:
+    """This rank's batches of one evaluation of every clip (or those of `ids`), the same number on every rank."""
+    samples = np.arange(len(index)) if ids is None else ids
     requests = []
-    for chunk in evaluation_chunks(len(index), micro, world_size, rank):
+    for chunk in evaluation_chunks(len(samples), micro, world_size, rank):
         if chunk is None:
-            requests.append(Request((0,), weight=0.0))
+            requests.append(Request((int(samples[0]),), weight=0.0))
         else:
-            shard = int(index.shard[chunk.start])
-            requests.append(Request(tuple(chunk), ahead=tuple(range(shard, min(shard + 2, len(index.shards))))))
+            shard = int(index.shard[samples[chunk.start]])
+            ahead = tuple((0, number) for number in range(shard, min(shard + 2, len(index.shards))))
+            requests.append(Request(tuple(samples[chunk.start : chunk.stop].tolist()), ahead=ahead))
     return requests

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 # What random words are for; different purposes never share a word.
-SAMPLE_ORDER, SHARD_ORDER, TEMPORAL_JITTER = 0, 1, 2
+SAMPLE_ORDER, SHARD_ORDER, TEMPORAL_JITTER, AUGMENT, MIX, DENSE, JOINT_ORDER, SELECTION = range(8)
 HEAD_START = 8
 """The next window is announced once 1/8 of the present one is read: by then every rank has left the one before, whose
 shards may have to make room in a cache."""
@@ -111,9 +111,10 @@ class SampleOrder:
         if self.window is None:
             return _Epoch(samples, [], np.array([], dtype=np.int64))
         shard, size = self.window.shard, self.window.shards
-        count = int(shard.max()) + 1
-        shards = np.argsort(random_words(self.seed, epoch, count, purpose=SHARD_ORDER), kind="stable")
-        window_of_shard = np.empty(count, dtype=np.int64)
+        used = np.unique(shard)  # of a selection of clips: not every shard has one
+        count = len(used)
+        shards = used[np.argsort(random_words(self.seed, epoch, count, purpose=SHARD_ORDER), kind="stable")]
+        window_of_shard = np.empty(int(used[-1]) + 1, dtype=np.int64)
         window_of_shard[shards] = np.arange(count) // size
         window = window_of_shard[shard]
         windows = [shards[first : first + size] for first in range(0, count, size)]

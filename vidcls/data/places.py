@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from vidcls.config import DEFAULT_CACHE_GB
+from vidcls.options import DEFAULT_CACHE_GB
 
 SCHEMES = ("http", "https", "s3")
 LEGAL = "must be a local folder, or a URL that starts with http://, https:// or s3://"

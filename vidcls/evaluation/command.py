@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -10,35 +9,48 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vidcls import distributed
 from vidcls.data.index import ShardIndex
-from vidcls.data.labels import LabelSpace
-from vidcls.data.loader import ClipBatches
+from vidcls.data.loader import ClipBatches, ClipSource
 from vidcls.evaluation.evaluate import evaluate, write_results
+from vidcls.evaluation.heads import frame_choice, head_for_labels, read_heads
 from vidcls.evaluation.metrics import Metrics
-from vidcls.model.pretrained import LABELS_NAME, PREPROCESSING_NAME, load_model
+from vidcls.model.pretrained import load_model
+
+RESULTS_NAME = "evaluation"
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, data: str | Path, out: Path, *, micro: int, workers: int, base: str | None = None
+    checkpoint: Path,
+    data: str | Path,
+    out: Path | None = None,
+    *,
+    head: str | None = None,
+    micro: int,
+    workers: int,
+    base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Metrics:
     """Evaluate and write the results; all ranks must call it, the main rank writes and prints.
 
     Args:
         data: folder of shards, or (as text) its http(s):// or s3:// URL, whose shards go through $VIDCLS_CACHE.
+        out: by default evaluation/ in the checkpoint, and there a folder of the head's name if it has several heads.
+        head: which one is evaluated; needed where several have the classes of the shards.
+        base, trust_remote_code: see load_model.
 
     Raises:
-        ValueError: checkpoint or shards cannot be read, or their label spaces differ.
+        ValueError: checkpoint or shards cannot be read, or no one head has the shards' classes.
     """
+    heads = read_heads(checkpoint)
     index = ShardIndex.open(data)
-    if not (checkpoint / LABELS_NAME).is_file():
-        raise ValueError(f"CHECKPOINT: {str(checkpoint)!r} is not a checkpoint folder: it has no {LABELS_NAME}")
-    labels = LabelSpace.load(checkpoint / LABELS_NAME)
-    labels.check_same(index.labels, f"checkpoint {checkpoint}", f"shards {data}")
-    model, encoder, spec = load_model(checkpoint, model_name_or_path=base)
+    chosen = head_for_labels(heads, head, index.labels, f"shards {data}")
+    if out is None:
+        out = checkpoint / RESULTS_NAME if len(heads) == 1 else checkpoint / RESULTS_NAME / chosen.name
+    model, encoder, spec = load_model(checkpoint, model_name_or_path=base, trust_remote_code=trust_remote_code)
     model.to(distributed.device())
-    trained_on = json.loads((checkpoint / PREPROCESSING_NAME).read_text(encoding="utf-8"))
-    if distributed.is_main() and trained_on != index.settings.to_dict():
-        print(f"warning: {data} was made with {index.settings.to_dict()}, the training shards with {trained_on}")
-    clips = ClipBatches(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
+    if distributed.is_main() and chosen.settings != index.settings:
+        made, trained_on = index.settings.to_dict(), chosen.settings.to_dict()
+        print(f"warning: {data} was made with {made}, the training shards with {trained_on}")
+    clips = ClipBatches([ClipSource(index, chosen.prompt, chosen.number)], encoder, frame_choice(spec))
     with _progress() as progress:
         # The main rank's share stands for all: batches are dealt out evenly.
         task = progress.add_task("evaluating", total=-(-len(index) // distributed.world_size()))
@@ -47,10 +59,11 @@ def evaluate_checkpoint(
         )
     with distributed.all_or_none(f"writing {out}"):
         if distributed.is_main():
-            write_results(out, metrics, predictions, labels)
+            write_results(out, metrics, predictions, chosen.labels)
             print(
-                f"{metrics.seen} clips: top-1 {metrics.top1:.4f}, top-5 {metrics.top5:.4f}, mean class accuracy "
-                f"{metrics.mean_class_accuracy:.4f}, loss {metrics.loss:.4f}; written to {out}",
+                f"{'' if len(heads) == 1 else f'head {chosen.name}: '}{metrics.seen} clips: top-1 {metrics.top1:.4f}, "
+                f"top-5 {metrics.top5:.4f}, mean class accuracy {metrics.mean_class_accuracy:.4f}, loss "
+                f"{metrics.loss:.4f}; written to {out}",
                 flush=True,
             )
     return metrics

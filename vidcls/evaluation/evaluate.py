@@ -23,7 +23,7 @@ PREDICTIONS_NAME = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One evaluated clip: class probabilities float64 [C]."""
+    """One evaluated clip: probabilities of the classes of its head, float64 [C]."""
 
     key: str
     label: int
@@ -34,19 +34,37 @@ class Prediction:
         return int(self.scores.argmax())
 
 
+def class_scores(logits_BC: torch.Tensor, classes: int) -> torch.Tensor:
+    """float64 probabilities scores_BC of the first `classes` classes: those of the rows' head, in a model of several.
+
+    Raises:
+        RuntimeError: a logit of these classes is not finite.
+    """
+    logits_BC = logits_BC[:, :classes]
+    if logits_BC.shape[1] < classes or not torch.isfinite(logits_BC).all():
+        raise RuntimeError(f"the logits of a clip are not finite for each of its {classes} classes")
+    # float64: the rows of a large label space should still sum to 1 when they are read back from a file
+    return torch.softmax(logits_BC.double(), dim=-1)
+
+
 def predict_batches(
-    model: torch.nn.Module, batches: Iterable[Batch], done: Callable[[int], None] | None = None
+    model: torch.nn.Module, batches: Iterable[Batch], classes: int, done: Callable[[int], None] | None = None
 ) -> list[Prediction]:
-    """Class probabilities of every counted row (weight above 0), in batch order; `done` hears of each batch's clips."""
+    """Class probabilities of every counted row (weight above 0), in batch order; `done` hears of each batch's clips.
+
+    Args:
+        classes: how many the head of all these clips has.
+    """
     predictions = []
     device = distributed.device()
-    with torch.inference_mode():
+    # Not inference_mode: under ZeRO-3 training goes on with weights that were gathered here.
+    with torch.no_grad():
         for batch in batches:
             logits_BC = model(**batch.to(device).model_inputs())
-            # float64: the rows of a large label space should still sum to 1 when they are read back from a file
-            scores_BC = torch.softmax(logits_BC.double(), dim=-1).cpu().numpy()
-            if not np.isfinite(scores_BC).all():
-                raise RuntimeError(f"the scores of one of the clips {', '.join(batch.keys)} are not finite")
+            try:
+                scores_BC = class_scores(logits_BC, classes).cpu().numpy()
+            except RuntimeError as error:
+                raise RuntimeError(f"clips {', '.join(batch.keys)}: {error}") from error
             rows = zip(batch.keys, batch.labels_B.tolist(), batch.weights_B.tolist(), scores_BC, strict=True)
             counted = [Prediction(key, label, scores) for key, label, weight, scores in rows if weight > 0]
             predictions += counted
@@ -59,26 +77,36 @@ def evaluate(
     model: torch.nn.Module,
     clips: ClipBatches,
     *,
+    ids: np.ndarray | None = None,
     micro: int,
     workers: int,
     done: Callable[[int], None] | None = None,
 ) -> tuple[Metrics, list[Prediction]]:
     """Metrics and predictions over all clips, in the order of the shards. All ranks must call it; all get the same.
 
+    The model is run as it is: put it into eval mode before.
+
+    Args:
+        clips: of one data set, whose labels are those of its head.
+        ids: the samples to take, rising, if not all.
+
     Raises:
-        RuntimeError: the clips seen are not exactly those of the index.
+        RuntimeError: the clips seen are not exactly those asked for.
     """
-    index = clips.index
-    requests = evaluation_requests(index, micro, distributed.world_size(), distributed.rank())
+    (source,) = clips.sources
+    index = source.index
+    requests = evaluation_requests(index, micro, distributed.world_size(), distributed.rank(), ids)
     batches = read_batches(clips, requests, workers=workers, pin=distributed.device().type != "cpu")
-    gathered = distributed.gather_objects(predict_batches(model, batches, done))
+    gathered = distributed.gather_objects(predict_batches(model, batches, len(index.labels), done))
     by_key = {prediction.key: prediction for part in gathered for prediction in part}
     seen = sum(len(part) for part in gathered)
-    if seen != len(index) or any(key not in by_key for key in index.keys):
-        raise RuntimeError(f"evaluation saw {seen} clips ({len(by_key)} different), the index has {len(index)}")
-    predictions = [by_key[key] for key in index.keys]
+    samples = np.arange(len(index)) if ids is None else ids
+    keys = [index.keys[sample] for sample in samples.tolist()]
+    if seen != len(keys) or by_key.keys() != {*keys}:
+        raise RuntimeError(f"evaluation saw {seen} clips ({len(by_key)} different), there are {len(keys)}")
+    predictions = [by_key[key] for key in keys]
     scores_NC = np.stack([prediction.scores for prediction in predictions])
-    return compute_metrics(scores_NC, np.asarray(index.label)), predictions
+    return compute_metrics(scores_NC, np.asarray(index.label)[samples]), predictions
 
 
 def write_results(folder: Path, metrics: Metrics, predictions: list[Prediction], labels: LabelSpace) -> None:

@@ -1,4 +1,4 @@
-"""ActionClassifier: frames and prompts -> class logits, and never a logit over the vocabulary.
+"""ActionClassifier: frames and prompts -> class logits. Logits over the vocabulary only for answers that are learned.
 
 Shape suffixes: B batch, L sequence, D hidden, C classes, N patches, P values of a patch.
 """
@@ -6,9 +6,12 @@ Shape suffixes: B batch, L sequence, D hidden, C classes, N patches, P values of
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen2_5_VLModel
 from transformers.utils.generic import is_flash_attention_requested
@@ -19,6 +22,7 @@ from transformers.vision_utils import (
 )
 
 from vidcls.model.heads import ActionDecoder
+from vidcls.model.language_head import LanguageHead
 from vidcls.model.patches import Grid, VisionGeometry, frames_to_patches
 
 # Layouts kept per model: one for every sequence of clip sizes that batches come in.
@@ -37,10 +41,12 @@ class ActionToken(nn.Module):
 
 
 class ActionClassifier(nn.Module):
-    """Backbone, <ACTION> embedding and head as one module, so that one engine trains all of them.
+    """Backbone, <ACTION> embedding and heads as one module, so that one engine trains all of them.
 
-    `backbone` is a Qwen2_5_VLModel or PEFT's wrapper around one; head and token are cast to its dtype.
-    Submodules are only ever called, never read, so the module runs with partitioned parameters (ZeRO-3).
+    `backbone` is a Qwen2_5_VLModel or PEFT's wrapper around one; heads and token are cast to its dtype. Several heads
+    share it, each with its own classes. Submodules are only ever called, never read, so the module runs with
+    partitioned parameters (ZeRO-3); and every head runs on every row, so that all ranks call the same modules,
+    whichever clips they have.
     """
 
     backbone: Any
@@ -48,27 +54,36 @@ class ActionClassifier(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        head: ActionDecoder,
+        heads: Mapping[str, ActionDecoder],
         action_token: ActionToken,
         *,
         action_token_id: int,
         geometry: VisionGeometry,
+        language_head: LanguageHead | None = None,
     ) -> None:
-        """Raises ValueError when the head's or the token's width is not the language model's."""
+        """Raises ValueError when a head's or the token's width is not the language model's.
+
+        Args:
+            language_head: the vocabulary matrix, for a loss on answers.
+        """
         super().__init__()
         self.backbone = backbone
         config: Any = self.inner.config
-        for name, width in (("head", head.hidden_size), ("action_token", action_token.weight.shape[0])):
+        widths = {f"head {name}": head.hidden_size for name, head in heads.items()}
+        for name, width in {**widths, "action_token": action_token.weight.shape[0]}.items():
             if width != config.text_config.hidden_size:
                 raise ValueError(f"{name} has hidden size {width}; the backbone's is {config.text_config.hidden_size}")
         self.dtype = next(backbone.parameters()).dtype
         self.action_token = action_token.to(self.dtype)
-        self.head = head.to(self.dtype)
+        self.heads = nn.ModuleDict({name: head.to(self.dtype) for name, head in heads.items()})
+        self.language_head = language_head
+        self.num_classes = tuple(head.num_classes for head in heads.values())
         self.geometry = geometry
         self.action_token_id = action_token_id
         self.video_token_id = config.video_token_id
         self._vision_config: Any = config.vision_config
         self._vision_trains = any(parameter.requires_grad for parameter in self.inner.visual.parameters())
+        self._heads_read_tokens = any(head.reads_tokens for head in heads.values())
         self._layout = functools.lru_cache(maxsize=LAYOUT_CACHE)(self._build_layout)
 
     @property
@@ -84,13 +99,17 @@ class ActionClassifier(nn.Module):
         input_ids_BL: torch.Tensor,
         position_ids_3BL: torch.Tensor,
         action_positions_B: torch.Tensor,
-    ) -> torch.Tensor:
-        """float32 logits_BC.
+        heads_B: torch.Tensor,
+        answer_labels_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """float32 logits_BC, C the most classes that a head has: -inf for those that a row's own head has not.
 
         `frames` is flat uint8, every row's clip one after the other; `grid_thw` holds their grids as host
         integers, one clip a row. Rows are padded on the RIGHT, with any id but the video's and <ACTION>'s:
         attention is causal, so no token sees the padding behind it and no mask is needed.
-        `action_positions_B` says where <ACTION> stands in each row.
+        `action_positions_B` says where <ACTION> stands in each row, `heads_B` which head classifies it. With
+        `answer_labels_BL` (the next token's id where it is to be predicted, else -100) also returns the float32
+        answer_losses_B of the language head.
         """
         batch = input_ids_BL.shape[0]
         if len(grid_thw) != batch:
@@ -98,14 +117,33 @@ class ActionClassifier(nn.Module):
         language_model = self.inner.language_model
         video_ND = self._encode_video(frames, grid_thw)
         embeds_BLD = language_model.embed_tokens(input_ids_BL)
-        is_video_BL1 = (input_ids_BL == self.video_token_id)[..., None]
-        embeds_BLD = embeds_BLD.masked_scatter(is_video_BL1, video_ND.to(embeds_BLD.dtype))
-        embeds_BLD = self.action_token(embeds_BLD, input_ids_BL == self.action_token_id)
+        is_video_BL = input_ids_BL == self.video_token_id
+        is_action_BL = input_ids_BL == self.action_token_id
+        embeds_BLD = embeds_BLD.masked_scatter(is_video_BL[..., None], video_ND.to(embeds_BLD.dtype))
+        embeds_BLD = self.action_token(embeds_BLD, is_action_BL)
         hidden_BLD = language_model(
             inputs_embeds=embeds_BLD, position_ids=position_ids_3BL, attention_mask=None, use_cache=False
-        ).last_hidden_state
+        ).last_hidden_state.to(self.dtype)
         rows_B = torch.arange(batch, device=hidden_BLD.device)
-        return self.head(hidden_BLD[rows_B, action_positions_B].to(self.dtype)).float()
+        state_BD = hidden_BLD[rows_B, action_positions_B]
+        read = {"tokens_BLD": hidden_BLD, "mask_BL": is_video_BL | is_action_BL} if self._heads_read_tokens else {}
+        logits_BC = self._classify(state_BD, heads_B, read)
+        if answer_labels_BL is None:
+            return logits_BC
+        assert self.language_head is not None, "answers without a language head"
+        return logits_BC, self.language_head(hidden_BLD, answer_labels_BL)
+
+    def _classify(self, state_BD: torch.Tensor, heads_B: torch.Tensor, read: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Every head on all rows; each row keeps the logits of its own."""
+        most = max(self.num_classes)
+        chosen_BC: torch.Tensor | None = None
+        for number, head in enumerate(self.heads.values()):
+            logits_BC = head(state_BD, **read).float()
+            padded_BC = F.pad(logits_BC, (0, most - logits_BC.shape[1]), value=-math.inf)
+            own_B1 = (heads_B == number)[:, None]
+            chosen_BC = padded_BC if chosen_BC is None else torch.where(own_B1, padded_BC, chosen_BC)
+        assert chosen_BC is not None
+        return chosen_BC
 
     def _encode_video(self, frames: torch.Tensor, grid_thw: tuple[Grid, ...]) -> torch.Tensor:
         """One embedding per video token, clip after clip."""
@@ -143,12 +181,3 @@ class ActionClassifier(nn.Module):
                 "max_window_seqlen": int(window_seqlens.diff().max()),
             }
         return layout
-
-
-def parameter_kind(name: str) -> str:
-    """What an ActionClassifier's parameter of this name is: "lora", "action_token", "head" or "frozen"."""
-    if name.startswith("action_token."):
-        return "action_token"
-    if name.startswith("head."):
-        return "head"
-    return "lora" if ".lora_" in name else "frozen"

@@ -1,83 +1,93 @@
 """From options to a classifier, and between a classifier and a folder that plain transformers and peft can read.
 
-A folder holds vidcls_model.json (this module's ModelSpec), the adapter in PEFT's format, the head, the <ACTION>
-embedding and the tokenizer. The base model's weights stay where they are.
+A folder holds vidcls_model.json (this module's ModelSpec), what was trained of the backbone (an adapter in PEFT's
+format, whole weights, or both), the <ACTION> embedding, the tokenizer, and below heads/ each head with its label map.
+The base model's weights stay where they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from vidcls.manifest import MANIFEST_NAME, verify
-from vidcls.model.backbone import (
-    ADAPTER_WEIGHTS_NAME,
-    LoraSettings,
-    action_token_init,
-    add_lora,
-    load_adapter,
-    load_backbone,
-    load_config,
-    load_tokenizer,
-    save_adapter,
-)
 from vidcls.model.classifier import ActionClassifier, ActionToken
-from vidcls.model.heads import CONFIG_NAME, WEIGHTS_NAME, ActionDecoder
+from vidcls.model.heads import ActionDecoder
+from vidcls.model.kernels import apply_liger, compile_layers, resolve_attention, resolve_liger
+from vidcls.model.language_head import LanguageHead
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder
+from vidcls.model.tokens import action_token_init, load_tokenizer
+from vidcls.model.tuning import TuningSettings, load_adapter, load_tuned, save_adapter, save_tuned, tune
+from vidcls.model.weights import Partition, load_backbone, load_config, load_language_head
 
 SPEC_NAME = "vidcls_model.json"
 ACTION_TOKEN_NAME = "action_token.safetensors"
-LABELS_NAME = "label_map.json"  # written and read by those who know data: training, evaluation, prediction
+HEADS_NAME = "heads"
+LABELS_NAME = "label_map.json"  # of a head; written and read by those who know data: training, evaluation, prediction
 PREPROCESSING_NAME = "preprocessing.json"
-INFERENCE_FILES = frozenset(
-    {
-        SPEC_NAME,
-        ACTION_TOKEN_NAME,
-        ADAPTER_WEIGHTS_NAME,
-        WEIGHTS_NAME,
-        CONFIG_NAME,
-        LABELS_NAME,
-        PREPROCESSING_NAME,
-    }
-)
-ATTENTION = {"auto": None, "sdpa": "sdpa", "eager": "eager", "fa2": "flash_attention_2"}
+TRAINING_PREFIX = "training_state"  # of files that inference does not read
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is needed, beside weights, to build the classifier and its inputs again."""
+    """What is needed, beside weights, to build the classifier and its inputs again.
+
+    prompts: by head, in the order of the heads; for clips that come with none of their own.
+    """
 
     model_name_or_path: str
     bf16: bool
     flash_attn: str
-    lora_rank: int
-    lora_alpha: float
-    lora_dropout: float
-    prompt: str
+    enable_liger_kernel: bool
+    tuning: TuningSettings
+    action_token: str
+    template: str
+    prompts: dict[str, str]
     video_maxlen: int
+    frame_sampling: str
+    dense_stride: int
     video_min_pixels: int
     video_max_pixels: int
+    image_max_pixels: int | None
     cutoff_len: int
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
 
+    def notices(self) -> list[str]:
+        """What this machine cannot give, and what is used instead."""
+        found = [resolve_attention(self.flash_attn)[1], resolve_liger(self.enable_liger_kernel)]
+        return [notice for notice in found if notice]
 
-def build_encoder(spec: ModelSpec) -> PromptEncoder:
+
+@dataclass(frozen=True)
+class TrainingExtras:
+    """What only training asks of a model. answers: give it the vocabulary matrix for a loss on answers."""
+
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    answers: bool = False
+    adapter: Path | None = None
+
+
+def build_encoder(spec: ModelSpec, *, trust_remote_code: bool = False) -> PromptEncoder:
     """The host side of the model: texts, positions and frame sizes. Reads no weights.
 
     Raises:
         ValueError: the base model is no Qwen2.5-VL, or lacks a spare token row.
     """
     config = load_config(spec.model_name_or_path)
-    tokenizer, _ = load_tokenizer(spec.model_name_or_path)
+    tokenizer, _ = load_tokenizer(spec.model_name_or_path, spec.action_token, trust_remote_code=trust_remote_code)
     return PromptEncoder(
         tokenizer,
         VisionGeometry.from_config(config),
@@ -85,31 +95,60 @@ def build_encoder(spec: ModelSpec) -> PromptEncoder:
         spec.cutoff_len,
         spec.video_min_pixels,
         spec.video_max_pixels,
+        image_max_pixels=spec.image_max_pixels,
+        action_token=spec.action_token,
+        template=spec.template,
     )
 
 
 def build_model(
     spec: ModelSpec,
     encoder: PromptEncoder,
+    heads: Mapping[str, ActionDecoder],
     *,
-    num_classes: int,
-    decoder_type: str,
-    mlp_hidden_size: int | None,
     seed: int,
-    gradient_checkpointing: bool = False,
+    extras: TrainingExtras | None = None,
+    partition: Partition | None = None,
 ) -> ActionClassifier:
-    """A classifier ready to train: adapters, head and <ACTION> initialised from `seed`, all else frozen."""
-    attention = ATTENTION[spec.flash_attn]
-    backbone = load_backbone(spec.model_name_or_path, dtype=spec.dtype, attn_implementation=attention)
-    token = ActionToken(action_token_init(backbone, encoder.tokenizer))
-    text: Any = backbone.config.text_config
-    adapted = add_lora(backbone, LoraSettings(spec.lora_rank, spec.lora_alpha, spec.lora_dropout), seed=seed)
-    head = ActionDecoder(text.hidden_size, num_classes, decoder_type, mlp_hidden_size, seed=seed)
-    model = ActionClassifier(adapted, head, token, action_token_id=encoder.action_token_id, geometry=encoder.geometry)
-    if gradient_checkpointing:
-        # On the language model only: on the whole model it would hook the frozen vision tower too. Not reentrant,
+    """A classifier ready to train: adapters and <ACTION> initialised from `seed`, all else frozen.
+
+    Args:
+        heads: by name, as in `spec.prompts`.
+        partition: the context that modules are built in under ZeRO-3 (weights.load_backbone); all ranks call it then.
+    """
+    extras = extras or TrainingExtras()
+    attention, _ = resolve_attention(spec.flash_attn)
+    base = spec.model_name_or_path
+    token = ActionToken(action_token_init(base, encoder.tokenizer, spec.dtype))
+    backbone = load_backbone(base, dtype=spec.dtype, attn_implementation=attention, partition=partition)
+    language_head = None
+    if extras.answers:
+        matrix = load_language_head(base, dtype=spec.dtype)
+        if matrix is None:
+            language_head = LanguageHead(backbone.language_model.embed_tokens.weight)
+        else:
+            with contextlib.nullcontext() if partition is None else partition():
+                language_head = LanguageHead(nn.Parameter(matrix, requires_grad=False))
+    apply_liger(backbone, spec.enable_liger_kernel)
+    tuned: Any = tune(backbone, spec.tuning, seed=seed)
+    if extras.adapter is not None:
+        load_adapter(tuned, extras.adapter)
+    model = ActionClassifier(
+        tuned,
+        heads,
+        token,
+        action_token_id=encoder.action_token_id,
+        geometry=encoder.geometry,
+        language_head=language_head,
+    )
+    if extras.gradient_checkpointing:
+        # On the parts with layers only: on the whole model it would hook the frozen vision tower too. Not reentrant,
         # because the reentrant form drops every LoRA gradient when the inputs need none.
         model.inner.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        if spec.tuning.vision_tuning != "frozen":
+            model.inner.visual.activation_checkpointing_enable({"use_reentrant": False})
+    if extras.torch_compile:
+        compile_layers(model.inner)
     return model
 
 
@@ -120,62 +159,76 @@ def save_model(
     weights: dict[str, torch.Tensor],
     tokenizer: Any,
 ) -> None:
-    """Write everything but the training state. One process calls it.
+    """Write everything but label maps and the training state. One process calls it.
 
     Args:
         weights: trained parameters, whole, by the classifier's parameter names (the module's own may be partitioned).
     """
     spec_text = json.dumps(asdict(spec), indent=2, ensure_ascii=False)
     (folder / SPEC_NAME).write_text(spec_text + "\n", encoding="utf-8")
-    save_adapter(model.backbone, _below(weights, "backbone."), folder, base=spec.model_name_or_path)
-    model.head.save_pretrained(folder, state=_below(weights, "head."))
+    backbone = _below(weights, "backbone.")
+    if spec.tuning.has_lora:
+        save_adapter(model.backbone, backbone, folder, base=spec.model_name_or_path)
+    save_tuned(backbone, folder)
+    for name, head in model.heads.items():
+        assert isinstance(head, ActionDecoder)
+        head.save_pretrained(head_folder(folder, name), state=_below(weights, f"heads.{name}."))
     save_file(_below(weights, "action_token."), folder / ACTION_TOKEN_NAME)
     tokenizer.save_pretrained(folder)
 
 
 def load_model(
-    folder: Path, *, model_name_or_path: str | None = None
+    folder: Path, *, model_name_or_path: str | None = None, trust_remote_code: bool = False
 ) -> tuple[ActionClassifier, PromptEncoder, ModelSpec]:
     """The classifier stored in `folder`, in eval mode, on the host.
 
     Args:
         model_name_or_path: where the base model is now, if it has moved since training.
+        trust_remote_code: let the base model's own tokenizer code run; a checkpoint never switches that on itself.
 
     Raises:
         ValueError: a file is missing, or does not fit the base model; names it.
     """
     if (folder / MANIFEST_NAME).exists():
-        verify(folder, only=INFERENCE_FILES)
+        verify(folder, skip_prefix=TRAINING_PREFIX)
     spec = read_spec(folder)
     if model_name_or_path is not None:
         spec = replace(spec, model_name_or_path=model_name_or_path)
-    head = ActionDecoder.load_pretrained(folder)
-    encoder = build_encoder(spec)
-    model = build_model(
-        spec,
-        encoder,
-        num_classes=head.num_classes,
-        decoder_type=head.decoder_type,
-        mlp_hidden_size=head.mlp_hidden_size if head.decoder_type == "mlp" else None,
-        seed=0,
-    )
-    load_adapter(model.backbone, folder)
-    model.head.load_state_dict(head.state_dict())
+    encoder = build_encoder(spec, trust_remote_code=trust_remote_code)
+    heads = {name: ActionDecoder.load_pretrained(head_folder(folder, name)) for name in spec.prompts}
+    model = build_model(spec, encoder, heads, seed=0)
+    load_backbone_tuning(model, folder)
+    return model.eval().requires_grad_(False), encoder, spec
+
+
+def load_backbone_tuning(model: ActionClassifier, folder: Path) -> None:
+    """Put what was trained of the backbone, and <ACTION>, into a model built from the folder's spec."""
+    if hasattr(model.backbone, "peft_config"):
+        load_adapter(model.backbone, folder)
+    load_tuned(model.backbone, folder)
     token_path = folder / ACTION_TOKEN_NAME
     if not token_path.is_file():
         raise ValueError(f"{token_path} does not exist; {folder} is not a whole checkpoint")
     model.action_token.load_state_dict(load_file(token_path))
-    return model.eval().requires_grad_(False), encoder, spec
+
+
+def head_folder(folder: Path, name: str) -> Path:
+    """Where a head of the checkpoint in `folder` is: its weights, label map and preprocessing settings."""
+    return folder / HEADS_NAME / name
 
 
 def read_spec(folder: Path) -> ModelSpec:
     """The ModelSpec of a checkpoint folder. Raises ValueError when it is none."""
     path = folder / SPEC_NAME
     try:
-        return ModelSpec(**json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        tuning = values.pop("tuning")
+        if isinstance(tuning["lora_target"], list):
+            tuning["lora_target"] = tuple(tuning["lora_target"])
+        return ModelSpec(**values, tuning=TuningSettings(**tuning))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a checkpoint: it has no {SPEC_NAME}") from None
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or of another version: {error}") from None
 
 

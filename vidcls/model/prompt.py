@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vidcls.config import ACTION_TOKEN, VIDEO_TAG, PromptError, check_prompt
+from vidcls.config import PromptError, check_prompt, with_action_token
+from vidcls.options import ACTION_TOKEN, VIDEO_TAG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,12 +25,16 @@ CACHE_SIZE = 1024
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One model input without its frames. It ends at <ACTION>, so that token's position is L - 1."""
+    """One model input without its frames. It ends at <ACTION>, or at the end of the answer behind it."""
 
     input_ids: np.ndarray
     """int64 [L]"""
     position_ids: np.ndarray
     """int64 [3, L]: time, height, width"""
+    action_position: int
+    """where <ACTION> stands: L - 1 unless an answer follows"""
+    answer_start: int
+    """the first id of the answer; L if there is none"""
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 1 or self.input_ids.dtype != np.int64:
@@ -38,16 +43,30 @@ class EncodedPrompt:
             raise ValueError(
                 f"position_ids are {self.position_ids.dtype} {self.position_ids.shape}; need int64 (3, {len(self)})"
             )
+        if not 0 <= self.action_position < self.answer_start <= len(self):
+            raise ValueError(f"action_position {self.action_position}, answer_start {self.answer_start} of {len(self)}")
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
 
-class PromptEncoder:
-    """Encodes prompts in Qwen's chat layout: a system turn, then a user turn cut off at <ACTION>.
+@dataclass(frozen=True)
+class Layout:
+    """What stands around a prompt: ids before it, text that is tokenised together with its beginning, ids between
+    <ACTION> and an answer, ids that end the answer."""
 
-    Attention is causal, so text behind <ACTION> could not change what is read there: it is left out.
-    Holds no torch objects and can be pickled into DataLoader workers.
+    before: list[int]
+    role: str
+    to_answer: list[int]
+    end: list[int]
+
+
+class PromptEncoder:
+    """Encodes prompts as `template` says; "qwen2_vl": Qwen's chat layout, a system turn, then a user turn cut off at
+    <ACTION>; "empty": the prompt alone.
+
+    Attention is causal, so text behind <ACTION> could not change what is read there: it is left out, but for an answer
+    that is to be learned. Holds no torch objects and can be pickled into DataLoader workers.
     """
 
     def __init__(
@@ -58,8 +77,13 @@ class PromptEncoder:
         cutoff_len: int,
         min_pixels: int,
         max_pixels: int,
+        *,
+        image_max_pixels: int | None = None,
+        action_token: str = ACTION_TOKEN,
+        template: str = "qwen2_vl",
     ) -> None:
-        """`tokenizer` knows <ACTION>; `cutoff_len` counts tokens; the pixel bounds are areas of one frame.
+        """`tokenizer` knows `action_token`; `cutoff_len` counts tokens; the pixel bounds are areas of one frame,
+        `image_max_pixels` that of a clip with a single one.
 
         Raises ValueError when the tokenizer lacks a token of the layout or disagrees about the video token.
         """
@@ -71,12 +95,12 @@ class PromptEncoder:
         self.cutoff_len = cutoff_len
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
-        self.action_token_id = self._token_id(ACTION_TOKEN)
+        self.image_max_pixels = max_pixels if image_max_pixels is None else image_max_pixels
+        self.action_token = action_token
+        self.action_token_id = self._token_id(action_token)
         if (known := self._token_id("<|video_pad|>")) != video_token_id:
             raise ValueError(f"video_token_id is {video_token_id}; the tokenizer's <|video_pad|> is {known}")
-        start, end = self._token_id("<|im_start|>"), self._token_id("<|im_end|>")
-        system = [start, *self._text_ids(f"system\n{SYSTEM_TEXT}"), end, *self._text_ids("\n")]
-        self._user_turn = [*system, start]
+        self._layout = TEMPLATES[template](self)
         self._vision_start = self._token_id("<|vision_start|>")
         self._vision_end = self._token_id("<|vision_end|>")
         self._prompts: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -86,27 +110,34 @@ class PromptEncoder:
         """Frames in one step of a clip's temporal grid."""
         return self.geometry.temporal_patch_size
 
-    def frame_size(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width, in pixels, that frames of this size are resized to."""
-        return self.geometry.frame_size(height, width, self.min_pixels, self.max_pixels)
+    def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
+        """The height and width, in pixels, that the frames of a clip of this size are resized to."""
+        most = self.image_max_pixels if frames == 1 else self.max_pixels
+        return self.geometry.frame_size(height, width, self.min_pixels, most)
 
     def grid(self, frames: int, height: int, width: int) -> Grid:
         """The grid of a clip whose frames are already resized; see VisionGeometry.grid."""
         return self.geometry.grid(frames, height, width)
 
-    def encode(self, prompt: str, grid: Grid, seconds_per_grid: float) -> EncodedPrompt:
+    def encode(self, prompt: str, grid: Grid, seconds_per_grid: float, answer: str | None = None) -> EncodedPrompt:
         """Ids and positions for one clip; `seconds_per_grid` is the time between two grid steps.
+
+        <ACTION> in a prompt stands for the action token, however that is spelt.
 
         Raises PromptError when the prompt breaks the rules of `check_prompt` or is longer than
         `cutoff_len`: it is never cut, since that would drop <ACTION> or part of the video.
         """
-        if prompt not in self._prompts:
+        found = self._prompts.get(prompt)  # once: threads share the cache, and it may be emptied at any time
+        if found is None:
             if len(self._prompts) >= CACHE_SIZE:
                 self._prompts.clear()
-            self._prompts[prompt] = self._tokenise(prompt)
-        before, after = self._prompts[prompt]
+            found = self._prompts[prompt] = self._tokenise(prompt)
+        before, after = found
+        behind = np.array([], dtype=np.int64)
+        if answer is not None:
+            behind = np.array([*self._layout.to_answer, *self._text_ids(answer), *self._layout.end], dtype=np.int64)
         video_tokens = self.geometry.num_tokens(grid)
-        needed = len(before) + video_tokens + len(after)
+        needed = len(before) + video_tokens + len(after) + len(behind)
         if needed > self.cutoff_len:
             raise PromptError(
                 f"prompt {prompt!r} with a video of grid {grid} needs {needed} tokens ({video_tokens} for the "
@@ -114,17 +145,32 @@ class PromptEncoder:
                 "larger cutoff_len"
             )
         video = np.full(video_tokens, self.video_token_id, dtype=np.int64)
-        position_ids = rope_positions(len(before), grid, len(after), seconds_per_grid, self.geometry)
-        return EncodedPrompt(np.concatenate([before, video, after]), position_ids)
+        ids = np.concatenate([before, video, after, behind])
+        positions = rope_positions(len(before), grid, len(after) + len(behind), seconds_per_grid, self.geometry)
+        action = len(before) + video_tokens + len(after) - 1
+        answer_start = needed if answer is None else action + 1 + len(self._layout.to_answer)
+        return EncodedPrompt(ids, positions, action, answer_start)
 
     def _tokenise(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids in front of the video's tokens and ids behind them, up to <ACTION>."""
-        check_prompt(prompt)
+        prompt = with_action_token(prompt, self.action_token)
+        check_prompt(prompt, self.action_token)
         lead, rest = prompt.split(VIDEO_TAG)
-        question, _ = rest.split(ACTION_TOKEN)
-        before = [*self._user_turn, *self._text_ids(f"user\n{lead}"), self._vision_start]
+        question, _ = rest.split(self.action_token)
+        before = [*self._layout.before, *self._text_ids(self._layout.role + lead), self._vision_start]
         after = [self._vision_end, *self._text_ids(question), self.action_token_id]
         return np.array(before, dtype=np.int64), np.array(after, dtype=np.int64)
+
+    def chat_layout(self) -> Layout:
+        """Qwen's: a system turn, the prompt in a user turn, the answer in an assistant turn."""
+        start, end, newline = self._token_id("<|im_start|>"), self._token_id("<|im_end|>"), self._text_ids("\n")
+        system = [start, *self._text_ids(f"system\n{SYSTEM_TEXT}"), end, *newline]
+        to_answer = [end, *newline, start, *self._text_ids("assistant\n")]
+        return Layout([*system, start], "user\n", to_answer, [end])
+
+    def empty_layout(self) -> Layout:
+        """The prompt, and straight behind it the answer."""
+        return Layout([], "", [], [self._token_id("<|im_end|>")])
 
     def _text_ids(self, text: str) -> list[int]:
         # split_special_tokens: "<|im_end|>" or "<|video_pad|>" written in a prompt stays plain text.
@@ -135,6 +181,9 @@ class PromptEncoder:
         if token not in vocabulary:
             raise ValueError(f"the tokenizer has no special token {token}; is it a Qwen2.5-VL tokenizer?")
         return vocabulary[token]
+
+
+TEMPLATES = {"qwen2_vl": PromptEncoder.chat_layout, "empty": PromptEncoder.empty_layout}
 
 
 def rope_positions(

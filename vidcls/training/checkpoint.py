@@ -12,7 +12,6 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,7 @@ import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from safetensors.torch import load_file, save_file
@@ -32,43 +29,31 @@ from torch import nn
 
 from vidcls import distributed
 from vidcls.manifest import CheckpointError, fsync, seal, verify
+from vidcls.training.averaging import WeightAverage
+from vidcls.training.masters import flat_masters, own_part, set_master, trainable
+from vidcls.training.optimizer import replay_steps
 
 STATE_NAME = "training_state.json"
 TENSORS_NAME = "training_state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "average"
 VERSIONED = ("vidcls", "torch", "deepspeed", "transformers", "peft")
-# What decides the stream of clips.
-CONTINUED = (
-    "seed",
-    "global_batch",
-    "samples",
-    "data_digest",
-    "label_fingerprint",
-    "shuffle_shards",
-    "temporal_jitter",
-)
 FOLDER_PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands. With the named tensors it is all that a resume needs: the order, the learning rate and
-    dropout are functions of step and seed."""
+    """Where a run stands. With the named tensors it is all that a resume needs: the order, the learning rate, the
+    augmentation and dropout are functions of step and seed."""
 
     step: int  # optimizer steps done
     adam_steps: int  # those that were not skipped for an overflow
-    seed: int
-    global_batch: int
-    samples: int
-    data_digest: str
-    label_fingerprint: str
-    shuffle_shards: int | None = None
-    temporal_jitter: bool = True
+    stream: dict[str, Any]  # by name, what decides the stream of clips: seed, global_batch, data sets, ...
 
     def check_continues(self, now: RunState) -> None:
         """Raise CheckpointError unless a run with state `now` would read the same stream of samples."""
-        for name in CONTINUED:
-            stored, current = getattr(self, name), getattr(now, name)
+        for name in sorted(self.stream.keys() | now.stream.keys()):
+            stored, current = self.stream.get(name), now.stream.get(name)
             if stored != current:
                 hint = ""
                 if name == "global_batch":
@@ -79,29 +64,47 @@ class RunState:
                 )
 
 
-def gather_training_state(engine: deepspeed.DeepSpeedEngine) -> tuple[dict[str, torch.Tensor], int]:
-    """Master weights and Adam moments, whole and fp32 on the host, as "kind/parameter name"; and Adam's step count.
+def gather_training_state(
+    engine: deepspeed.DeepSpeedEngine, average: WeightAverage | None
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Master weights, Adam moments and averages, whole and fp32 on the host, as "kind/parameter name"; and Adam's
+    step count.
 
-    All ranks must call it; each gets everything (adapters are small). At least one step must have been taken.
+    All ranks must call it; the main rank gets everything, the others nothing. At least one step must have been taken.
     """
-    _link_states(engine)
+    link_states(engine)
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in _trainable(engine.module):
-        tensors[f"weight/{name}"] = safe_get_full_fp32_param(parameter).cpu()
+
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        if distributed.is_main():
+            tensors[name] = tensor.cpu()
+
+    for name, parameter in trainable(engine.module):
+        keep(f"weight/{name}", safe_get_full_fp32_param(parameter))
         for moment in MOMENTS:
-            tensors[f"{moment}/{name}"] = safe_get_full_optimizer_state(parameter, moment).cpu()
-    steps = {int(engine.optimizer.optimizer.state[flat]["step"]) for flat in _flat_masters(engine)}
+            keep(f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment))
+    if average is not None:
+        for name, tensor in average.gather().items():
+            keep(f"{AVERAGE}/{name}", tensor)
+    steps = {int(engine.optimizer.optimizer.state[flat]["step"]) for flat in flat_masters(engine)}
     assert len(steps) == 1, steps
     return tensors, steps.pop()
 
 
-def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], *, averaged: bool) -> None:
     """Put stored master weights into a model that has no engine yet, rounded to its dtype as a step would.
 
     Raises:
-        CheckpointError: names or shapes are not this model's.
+        CheckpointError: names or shapes are not this model's, or averages are stored and not wanted, or the reverse.
     """
-    expected = {f"{kind}/{name}": tuple(p.shape) for name, p in _trainable(model) for kind in ("weight", *MOMENTS)}
+    stored_average = any(name.startswith(f"{AVERAGE}/") for name in tensors)
+    if stored_average != averaged:
+        raise CheckpointError(
+            f"resume_from_checkpoint: the checkpoint was written {'with' if stored_average else 'without'} ema_decay, "
+            f"this run is {'with' if averaged else 'without'}; they must be equal for the run to go on"
+        )
+    kinds = ("weight", *MOMENTS, *([AVERAGE] if averaged else []))
+    expected = {f"{kind}/{name}": _shape(p) for name, p in trainable(model) for kind in kinds}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if differing := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
         key = differing[0]
@@ -110,61 +113,57 @@ def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
             f"{found.get(key, 'not at all')}, needed {expected.get(key, 'not at all')}"
         )
     with torch.no_grad():
-        for name, parameter in _trainable(model):
-            parameter.copy_(tensors[f"weight/{name}"])
+        for name, parameter in trainable(model):
+            value = tensors[f"weight/{name}"]
+            if hasattr(parameter, "ds_tensor"):  # built partitioned
+                parameter.ds_tensor.copy_(own_part(parameter, value))
+            else:
+                parameter.copy_(value)
 
 
-def load_training_state(engine: deepspeed.DeepSpeedEngine, tensors: dict[str, torch.Tensor], adam_steps: int) -> None:
-    """Set master weights, moments and step counts of a fresh engine, whose model got `load_weights` before.
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def load_training_state(
+    engine: deepspeed.DeepSpeedEngine,
+    tensors: dict[str, torch.Tensor],
+    adam_steps: int,
+    average: WeightAverage | None,
+) -> None:
+    """Set master weights, moments, step counts and averages of a fresh engine, whose model got `load_weights` before.
 
     DeepSpeed's own setters change the masters only; the low-precision copies are right already because they were
     rounded from the same numbers before the engine was made. All ranks must call it.
     """
     inner = engine.optimizer.optimizer
-    for flat in _flat_masters(engine):
+    for flat in flat_masters(engine):
         # FusedAdam counts in an int, torch's fused AdamW in a float tensor.
         is_torch = isinstance(inner, torch.optim.AdamW)
         step: Any = torch.tensor(float(adam_steps), device=flat.device) if is_torch else adam_steps
         inner.state[flat] = {"step": step, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
-    _link_states(engine)
-    for name, parameter in _trainable(engine.module):
-        if hasattr(parameter, "ds_id"):  # ZeRO-3
-            safe_set_local_fp32_param(parameter, _own_part(parameter, tensors[f"weight/{name}"]))
-            for moment in MOMENTS:
-                part = _own_part(parameter, tensors[f"{moment}/{name}"])
-                safe_set_local_optimizer_state(parameter, part, moment)
-        else:
-            device = engine.device
-            safe_set_full_fp32_param(parameter, tensors[f"weight/{name}"].to(device))
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[f"{moment}/{name}"].to(device), moment)
+    replay_steps(inner, adam_steps)
+    link_states(engine)
+    for name, parameter in trainable(engine.module):
+        set_master(engine, parameter, tensors[f"weight/{name}"])
+        for moment in MOMENTS:
+            value = tensors[f"{moment}/{name}"]
+            if hasattr(parameter, "ds_id"):  # ZeRO-3
+                safe_set_local_optimizer_state(parameter, own_part(parameter, value), moment)
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(engine.device), moment)
+    if average is not None:
+        prefix = f"{AVERAGE}/"
+        average.load({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def _flat_masters(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
-    zero = engine.optimizer
-    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    return list(zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups)
-
-
-def _link_states(engine: deepspeed.DeepSpeedEngine) -> None:
+def link_states(engine: deepspeed.DeepSpeedEngine) -> None:
     """ZeRO-2 links Adam's state to parameters inside group 0's first step, before later groups have any (DeepSpeed
     0.19.8, stage_1_and_2.py), and then believes it done; link again. ZeRO-3 needs none of it."""
     zero = engine.optimizer
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
-
-
-def _own_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """This rank's slice of a whole value. DeepSpeed's full setters fail under ZeRO-3 where sizes do not divide."""
-    size = parameter.ds_tensor.ds_numel
-    rank, world_size = distributed.rank(), distributed.world_size()
-    padded = torch.nn.functional.pad(value.flatten(), (0, size * world_size - value.numel()))
-    return padded[rank * size : (rank + 1) * size].to(parameter.ds_tensor.device)
 
 
 def write_state(folder: Path, state: RunState, tensors: dict[str, torch.Tensor]) -> None:
@@ -178,6 +177,10 @@ def write_state(folder: Path, state: RunState, tensors: dict[str, torch.Tensor])
 def read_state(folder: Path) -> RunState:
     """The RunState of a checkpoint. Raises CheckpointError when it has none."""
     path = folder / STATE_NAME
+    if not path.exists():
+        raise CheckpointError(
+            f"resume_from_checkpoint: {folder} has no training state: it was written with save_only_model"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         content.pop("versions")
@@ -245,8 +248,8 @@ def set_aside_after(output_dir: Path, step: int) -> list[Path]:
     return beyond
 
 
-def remove_old(output_dir: Path, keep: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints, those set aside, and what killed runs left half-written.
+def remove_old(output_dir: Path, keep: int | None, best: Path | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and `best`, those set aside, and what killed runs left half-written.
 
     Call it right after `publish`: then the newest one is whole.
     """
@@ -254,4 +257,5 @@ def remove_old(output_dir: Path, keep: int | None) -> None:
         shutil.rmtree(leftover)
     if keep is not None:
         for folder in list_checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(folder)
+            if folder != best:
+                shutil.rmtree(folder)

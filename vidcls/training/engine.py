@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,8 +15,9 @@ from torch import nn
 from vidcls import distributed
 from vidcls.config import BatchPlan, Config
 from vidcls.data.batch import Batch
-from vidcls.model.losses import cross_entropy_sum
+from vidcls.training.objective import Objective, Tally
 from vidcls.training.optimizer import build_adam, parameter_groups, set_learning_rate
+from vidcls.training.partitioning import keep_shared
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
@@ -38,9 +39,10 @@ def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
 def build_engine(config: Config, model: nn.Module, plan: BatchPlan) -> Engine:
     """Wrap the whole classifier in one engine. All ranks must call it.
 
-    Backbone adapters, <ACTION> and head are one module, so that ZeRO partitions, reduces and clips them together.
+    Backbone adapters, <ACTION> and heads are one module, so that ZeRO partitions, reduces and clips them together.
     """
     optimizer = build_adam(parameter_groups(model, config.optim), config.optim)
+    keep_shared(model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
     return engine
 
@@ -54,16 +56,26 @@ class StepResult:
     bad: tuple[tuple[str, str], ...]  # (key, reason) of this rank's clips that could not be read
 
 
+Observer: TypeAlias = Callable[[Batch, torch.Tensor], None]
+"""Sees each micro-batch and its logits, detached, before backward."""
+
+
 def train_step(
     engine: Engine,
     batches: Iterator[Batch],
+    objective: Objective,
+    tally: Tally,
     *,
     accumulation: int,
     step: int,
     rate: float,
     seed: int,
+    observe: Observer | None = None,
 ) -> StepResult:
-    """One optimizer step at base learning rate `rate` over `accumulation` micro-batches. All ranks must call it."""
+    """One optimizer step at base learning rate `rate` over `accumulation` micro-batches. All ranks must call it.
+
+    What is logged is added to `tally`.
+    """
     set_learning_rate(engine.optimizer, rate)
     total = torch.zeros((), device=engine.device)
     bad: tuple[tuple[str, str], ...] = ()
@@ -71,10 +83,16 @@ def train_step(
         batch = next(batches).to(engine.device)
         # Dropout follows from (seed, step, micro-step, rank) alone: a resumed run needs no generator state.
         distributed.seed_everything(_dropout_seed(seed, step, micro_step, distributed.rank()))
-        logits_BC = engine(**batch.model_inputs())
-        loss_sum, _ = cross_entropy_sum(logits_BC, batch.labels_B, batch.weights_B)
+        outputs = engine(**batch.model_inputs())
+        logits_BC, answers_B = outputs if isinstance(outputs, tuple) else (outputs, None)
+        if observe is not None:
+            observe(batch, logits_BC.detach())
+        losses_B = objective.losses(logits_BC, batch)
+        tally.add(batch, logits_BC, losses_B, answers_B)
+        if answers_B is not None:
+            losses_B = losses_B + objective.lm_loss_weight * answers_B
         # By all rows, not by their weights: a clip's share of the gradient must not grow when another cannot be read.
-        loss = loss_sum / len(batch)
+        loss = (losses_B * batch.weights_B).sum() / len(batch)
         engine.backward(loss)  # DeepSpeed divides by the accumulation count and averages over ranks
         engine.step()
         total += loss.detach()

@@ -1,38 +1,48 @@
-"""From a configuration to a checked run: every mistake of a user is found here, before anything is built or written."""
+"""All checks before training, so that a user's mistake costs seconds and leaves nothing behind."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from vidcls import distributed
-from vidcls.config import BatchPlan, Config, ConfigError, DataOptions, batch_plan, total_steps
+from vidcls.config import BatchPlan, Config, ConfigError, batch_plan, total_steps
 from vidcls.data.batch import ClipShape, Grid
-from vidcls.data.index import ShardIndex
-from vidcls.data.loader import ClipBatches
-from vidcls.data.order import SampleOrder, ShardWindow, shards_that_fit
-from vidcls.data.places import CacheSettings, LocalFolder, default_cache_folder
+from vidcls.data.loader import ClipBatches, ClipSource
+from vidcls.evaluation.heads import frame_choice
+from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import ModelSpec, build_encoder, read_spec
 from vidcls.model.prompt import PromptEncoder
+from vidcls.model.tuning import TuningSettings
 from vidcls.training import checkpoint
 from vidcls.training.checkpoint import RunState
+from vidcls.training.data_sets import DataSets, open_data_sets
+from vidcls.training.evaluating import Evaluations, Schedule, open_eval_clips
+from vidcls.training.heads import build_heads
+from vidcls.training.optimizer import learning_rate
+
+# Of a ModelSpec, what may differ when a run goes on: the base may have moved, and kernels change rounding only.
+MAY_DIFFER = {"model_name_or_path", "flash_attn", "enable_liger_kernel"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything checked, nothing heavy built yet."""
+    """Everything checked, nothing heavy built yet but the heads."""
 
     config: Config
-    index: ShardIndex
-    order: SampleOrder
+    data: DataSets
     spec: ModelSpec
+    heads: dict[str, ActionDecoder]
     clips: ClipBatches
     plan: BatchPlan
     steps: int
     resume: Path | None
     start: RunState  # before the first step, or as stored in the checkpoint
+    evaluations: Evaluations | None
 
     @property
     def output_dir(self) -> Path:
@@ -50,40 +60,27 @@ def setup(config: Config) -> Run:
     Raises:
         ValueError: a user's mistake, in one message (ConfigError, ShardError, PromptError, CheckpointError).
     """
-    cache = _cache_settings(config.data)
-    index = ShardIndex.open(config.data.dataset, cache)
-    classes = config.model.num_action_classes
-    if classes is not None and classes != len(index.labels):
-        raise ConfigError(
-            f"num_action_classes: {classes}, but the shards in {config.data.dataset!r} have {len(index.labels)} classes"
-        )
-    order = _sample_order(config, index, cache)
-    _check_attention(config.model.flash_attn)
+    if config.run.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("report_to: 'wandb' needs the package wandb: pip install wandb, or use tensorboard")
+    data = open_data_sets(config)
     spec = _model_spec(config)
-    encoder = build_encoder(spec)
+    encoder = build_encoder(spec, trust_remote_code=config.model.trust_remote_code)
     clips = ClipBatches(
-        index,
+        data.sources(),
         encoder,
-        prompt=spec.prompt,
-        max_frames=spec.video_maxlen,
-        jitter_seed=config.run.seed if config.data.temporal_jitter else None,
+        frame_choice(spec),
+        seed=config.run.seed,
+        jitter=config.data.temporal_jitter,
         skip_bad=config.data.on_bad_sample == "skip",
+        answers=config.optim.lm_loss_weight > 0,
     )
-    _check_texts(clips)
+    check_texts(clips, threads=config.data.preprocessing_num_workers)
+    eval_clips = open_eval_clips(config, data) if config.eval.eval_strategy != "no" else []
+    heads = build_heads(config, data, spec, encoder)
     distributed.start(config.run.ddp_timeout)
     plan = batch_plan(config.optim, distributed.world_size())
     assert plan is not None
-    fresh = RunState(
-        step=0,
-        adam_steps=0,
-        seed=config.run.seed,
-        global_batch=plan.global_,
-        samples=len(index),
-        data_digest=index.digest,
-        label_fingerprint=index.labels.fingerprint,
-        shuffle_shards=config.data.shuffle_shards,
-        temporal_jitter=config.data.temporal_jitter,
-    )
+    fresh = RunState(step=0, adam_steps=0, stream=_stream(config, data, plan))
     resume = _checkpoint_to_resume(config)
     start = fresh
     if resume is not None:
@@ -91,61 +88,59 @@ def setup(config: Config) -> Run:
             start = checkpoint.read_state(resume)
             start.check_continues(fresh)
             _check_same_model(read_spec(resume), spec)
-    steps = total_steps(config.optim, len(index), plan.global_)
+    steps = total_steps(config.optim, data.clips, plan.global_)
+    learning_rate(0, steps, config.optim)  # the schedule knows its own arguments
     if start.step >= steps:
         raise ConfigError(f"resume_from_checkpoint: {resume} has {start.step} of {steps} steps done; nothing is left")
-    return Run(config, index, order, spec, clips, plan, steps, resume, start)
+    evaluations = None
+    if eval_clips:
+        schedule = Schedule.of(config, last=steps, clips_per_epoch=data.clips, global_batch=plan.global_)
+        evaluations = Evaluations(config, eval_clips, encoder, frame_choice(spec), schedule)
+        for batches in evaluations.batches.values():
+            check_texts(batches, threads=config.data.preprocessing_num_workers)
+    return Run(config, data, spec, heads, clips, plan, steps, resume, start, evaluations)
 
 
-def _check_attention(flash_attn: str) -> None:
-    if flash_attn != "fa2":
-        return
-    if distributed.accelerator_name() == "cpu" or importlib.util.find_spec("flash_attn") is None:
-        raise ConfigError(
-            f"flash_attn: 'fa2' needs the package flash-attn and a GPU (here: {distributed.accelerator_name()}); "
-            "use auto or sdpa"
-        )
+def _stream(config: Config, data: DataSets, plan: BatchPlan) -> dict[str, object]:
+    return {
+        "seed": config.run.seed,
+        "global_batch": plan.global_,
+        "temporal_jitter": config.data.temporal_jitter,
+        "frame_sampling": [config.data.frame_sampling, config.data.dense_stride],
+        **data.stream(),
+    }
 
 
-def _cache_settings(data: DataOptions) -> CacheSettings:
-    folder = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_folder()
-    return CacheSettings(folder=folder.absolute(), max_bytes=max(1, int(data.cache_gb * 10**9)))
+def check_texts(clips: ClipBatches, *, threads: int) -> None:
+    """Encode each different prompt with the largest video that it stands with, and, where answers are learned, the
+    longest class name: none may be malformed or too long. Tokenising is spread over `threads`."""
+    largest: dict[tuple[int, str], Grid] = {}
+    for number, source in enumerate(clips.sources):
+        for prompt, grid in _prompts_with_grids(clips, source):
+            key = number, prompt
+            largest[key] = max(largest.get(key, grid), grid, key=math.prod)
+    answers = [max(source.index.labels.names, key=len) if clips.answers else None for source in clips.sources]
+
+    def encode(item: tuple[tuple[int, str], Grid]) -> None:
+        (number, prompt), grid = item
+        clips.encoder.encode(prompt, grid, 1.0, answers[number])
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="prompts") as pool:
+        for _ in pool.map(encode, largest.items()):
+            pass
 
 
-def _sample_order(config: Config, index: ShardIndex, cache: CacheSettings) -> SampleOrder:
-    """The order of the run; ConfigError if the shards of a URL that are needed at a time do not fit the cache."""
-    shuffled = config.data.shuffle_shards
-    if not isinstance(index.folder, LocalFolder):
-        sizes = [shard.bytes for shard in index.shards]
-        fits = shards_that_fit(sizes, cache.max_bytes)
-        if min(shuffled or len(sizes), len(sizes)) > fits:
-            largest = sum(sorted(sizes)[-2:]) / 10**9
-            raise ConfigError(
-                f"shuffle_shards: {shuffled}, of {len(sizes)} shards with {sum(sizes) / 10**9:.3g} GB; two windows of "
-                f"that many shards must fit cache_gb ({config.data.cache_gb:g}) together: "
-                + (f"at most {fits} do" if fits else f"not even two shards do, which take {largest:.3g}")
-            )
-        # A window even if it holds all shards: it is what tells the loader which shards to fetch.
-        shuffled = shuffled or len(sizes)
-    window = None if shuffled is None else ShardWindow(index.shard, shuffled)
-    return SampleOrder(len(index), config.run.seed, window)
-
-
-def _check_texts(clips: ClipBatches) -> None:
-    """Encode each different prompt with the largest video that it stands with: none may be malformed or too long."""
-    index, encoder = clips.index, clips.encoder
-    largest: dict[int, Grid] = {}
+def _prompts_with_grids(clips: ClipBatches, source: ClipSource) -> Iterator[tuple[str, Grid]]:
+    """Every different prompt of a data set with every different grid that it stands with."""
+    index = source.index
     rows = zip(index.prompt.tolist(), index.frames.tolist(), index.height.tolist(), index.width.tolist(), strict=True)
     for prompt, frames, height, width in {*rows}:
-        grid = ClipShape.of(encoder, min(frames, clips.max_frames), height, width).grid
-        largest[prompt] = max(largest.get(prompt, grid), grid, key=math.prod)
-    for prompt, grid in largest.items():
-        encoder.encode(clips.prompt if prompt < 0 else index.prompts[prompt], grid, 1.0)
+        grid = ClipShape.of(clips.encoder, min(frames, clips.frames.most), height, width).grid
+        yield source.prompt if prompt < 0 else index.prompts[prompt], grid
 
 
 def _check_same_model(stored: ModelSpec, now: ModelSpec) -> None:
-    # The base may have moved, and the attention kernel changes rounding only.
-    for name in sorted(vars(now).keys() - {"model_name_or_path", "flash_attn"}):
+    for name in sorted(vars(now).keys() - MAY_DIFFER):
         if getattr(stored, name) != getattr(now, name):
             raise checkpoint.CheckpointError(
                 f"resume_from_checkpoint: {name} is {getattr(stored, name)!r} in the checkpoint and "
@@ -156,17 +151,35 @@ def _check_same_model(stored: ModelSpec, now: ModelSpec) -> None:
 def _model_spec(config: Config) -> ModelSpec:
     model, data = config.model, config.data
     base = model.model_name_or_path
+    target = model.lora_target
+    prompts: dict[str, str] = {}
+    for each in config.train_sets:
+        prompts.setdefault(each.head, each.prompt)
     return ModelSpec(
         model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
         bf16=config.optim.bf16,
         flash_attn=model.flash_attn,
-        lora_rank=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        prompt=data.prompt,
+        enable_liger_kernel=model.enable_liger_kernel,
+        tuning=TuningSettings(
+            finetuning_type=model.finetuning_type,
+            vision_tuning=model.vision_tuning,
+            merger_tuning=model.merger_tuning,
+            lora_rank=model.lora_rank,
+            lora_alpha=model.lora_alpha,
+            lora_dropout=model.lora_dropout,
+            lora_target="all" if target == "all" else tuple(target),
+            use_dora=model.use_dora,
+            use_rslora=model.use_rslora,
+        ),
+        action_token=model.action_token,
+        template=model.template,
+        prompts=prompts,
         video_maxlen=data.video_maxlen,
+        frame_sampling=data.frame_sampling,
+        dense_stride=data.dense_stride,
         video_min_pixels=data.video_min_pixels,
         video_max_pixels=data.video_max_pixels,
+        image_max_pixels=data.image_max_pixels,
         cutoff_len=data.cutoff_len,
     )
 

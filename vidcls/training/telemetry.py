@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sys
 import time
@@ -70,7 +71,9 @@ class RunLog:
         first_step: rows of steps after this one (of a run that went further before it was resumed here) are dropped.
     """
 
-    def __init__(self, output_dir: Path, *, first_step: int, total_steps: int, tensorboard: bool) -> None:
+    def __init__(
+        self, output_dir: Path, *, first_step: int, total_steps: int, report_to: str, config: dict[str, Any]
+    ) -> None:
         self.path = output_dir / LOG_NAME
         kept = [row for row in read_log(self.path) if row["step"] <= first_step]
         # Replaced in one piece: a kill in between must not cost the log of the steps before.
@@ -78,7 +81,8 @@ class RunLog:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _summary_writer(output_dir / BOARD_NAME, first_step) if tensorboard else None
+        self._board = _summary_writer(output_dir / BOARD_NAME, first_step) if report_to == "tensorboard" else None
+        self._wandb = _wandb_run(output_dir, config) if report_to == "wandb" else None
         self._progress = _progress_bar(first_step, total_steps)
         self._total = total_steps
 
@@ -95,7 +99,10 @@ class RunLog:
         if self._board is not None:
             for key, value in row.items():
                 if key != "step":
-                    self._board.add_scalar(f"train/{key}", value, row["step"])
+                    self._board.add_scalar(_tag(key), value, row["step"])
+        if self._wandb is not None:
+            values = {_tag(key): value for key, value in row.items() if key != "step"}
+            self._wandb.log(values, step=row["step"])
 
     def message(self, text: str) -> None:
         if self._progress is not None:
@@ -108,11 +115,17 @@ class RunLog:
             self._progress.stop()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+
+def _tag(key: str) -> str:
+    return key if key.startswith("eval/") else f"train/{key}"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -130,7 +143,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def plot_loss(output_dir: Path) -> Path | None:
     """Draw the logged loss and learning rate to training_loss.png; None when nothing was logged."""
-    rows = read_log(output_dir / LOG_NAME)
+    rows = [row for row in read_log(output_dir / LOG_NAME) if "loss" in row]  # others are of evaluations
     if not rows:
         return None
     import matplotlib
@@ -172,6 +185,14 @@ def _summary_writer(folder: Path, first_step: int) -> Any:
 
     # purge_step hides events that a run wrote beyond the checkpoint it is resumed from
     return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+
+
+def _wandb_run(output_dir: Path, config: dict[str, Any]) -> Any:
+    import wandb  # optional; whoever asks for it has it, setup.py has looked
+
+    # An id of the folder's: a resumed run goes on in the same curves.
+    identity = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(dir=str(output_dir), name=output_dir.name, id=identity, resume="allow", config=config)
 
 
 def _progress_bar(first_step: int, total_steps: int) -> Progress | None:

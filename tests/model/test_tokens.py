@@ -1,22 +1,13 @@
-"""Loading and freezing the backbone, LoRA on one side, the tokenizer's spare row."""
+"""The built-in model and tokenizer, and <ACTION> in a spare row of any."""
 
 import json
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vidcls.model.backbone import (
-    ACTION_WORDS,
-    LoraSettings,
-    action_token_init,
-    add_lora,
-    load_backbone,
-    load_config,
-    load_tokenizer,
-    lora_counts,
-)
 from vidcls.model.tiny import tiny_backbone, tiny_config, tiny_tokenizer
+from vidcls.model.tokens import ACTION_WORDS, action_token_init, load_tokenizer
+from vidcls.model.weights import load_backbone, load_config
 
 
 def equal_weights(one, other):
@@ -68,25 +59,23 @@ def save_folder(folder, model):
     return str(folder)
 
 
-def test_a_local_folder_loads_to_the_same_weights(tmp_path):
-    tiny = load_backbone("tiny", dtype=torch.float32)
-    whole = Qwen2_5_VLForConditionalGeneration(tiny_config())
-    whole.model.load_state_dict(tiny.state_dict())
-    for name, model in (("inner", tiny), ("whole", whole)):
-        folder = save_folder(tmp_path / name, model)
-        loaded = load_backbone(folder, dtype=torch.float32)
-        assert type(loaded) is type(tiny)
-        assert equal_weights(loaded, tiny)
-        # <ACTION> is in the saved tokenizer already and keeps its id.
-        assert load_tokenizer(folder)[1] == 263
+def test_a_saved_token_keeps_its_id(tmp_path):
+    assert load_tokenizer(save_folder(tmp_path, load_backbone("tiny", dtype=torch.float32)))[1] == 263
 
 
-def test_an_untied_vocabulary_head_is_ignored(tmp_path):
-    config = tiny_config()
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-    whole = Qwen2_5_VLForConditionalGeneration(config)
-    folder = save_folder(tmp_path, whole)
-    assert equal_weights(load_backbone(folder, dtype=torch.float32), whole.model)
+def test_the_token_can_be_called_otherwise_but_not_like_a_part_of_the_layout():
+    tokenizer, token_id = load_tokenizer("tiny", "<WHAT>")
+    assert tokenizer.encode("a<WHAT>", add_special_tokens=False)[1] == token_id
+    with pytest.raises(ValueError, match=r"action_token: '<\|im_end\|>' has another meaning"):
+        load_tokenizer("tiny", "<|im_end|>")
+
+
+def test_a_tokenizer_that_is_code_is_not_replaced_by_another_in_silence(tmp_path):
+    folder = save_folder(tmp_path, load_backbone("tiny", dtype=torch.float32))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    with pytest.raises(ValueError, match=r"the tokenizer of .* is Python code in that folder"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -101,24 +90,6 @@ def test_the_backbone_is_frozen_and_only_parameters_are_cast(dtype, local, tmp_p
         assert torch.equal(buffer, dict(tiny_backbone().named_buffers())[key])
 
 
-def test_names_that_are_no_model_are_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"model is 'Qwen/Qwen2.5-VL-3B-Instruct'; it must be 'tiny' or a local folder"
-    ):
-        load_config("Qwen/Qwen2.5-VL-3B-Instruct")
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"config.json: model_type is 'llama'; it must be 'qwen2_5_vl'"):
-        load_config(str(tmp_path))
-
-
-def test_weights_that_do_not_fit_are_refused(tmp_path):
-    model = tiny_backbone()
-    state = {key: tensor for key, tensor in model.state_dict().items() if "layers.1.mlp.up_proj" not in key}
-    model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"1 missing \['language_model.layers.1.mlp.up_proj.weight'\]"):
-        load_backbone(str(tmp_path), dtype=torch.float32)
-
-
 def test_a_full_embedding_table_is_refused(tmp_path):
     config = tiny_config()
     config.text_config.vocab_size = 263
@@ -128,33 +99,9 @@ def test_a_full_embedding_table_is_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_is_on_the_language_model_only_and_follows_its_seed(dtype):
-    settings = LoraSettings(rank=4, alpha=8, dropout=0.1)
-    models = []
-    for global_seed, seed in ((1, 5), (2, 5), (2, 6)):
-        torch.manual_seed(global_seed)
-        models.append(add_lora(load_backbone("tiny", dtype=dtype), settings, seed=seed))
-    one, same, other = models
-    assert lora_counts(one) == {"language": 2 * 7, "vision": 0}
-    assert equal_weights(one, same)
-    assert not equal_weights(one, other)
-    trained = {name: parameter for name, parameter in one.named_parameters() if parameter.requires_grad}
-    assert len(trained) == 2 * 2 * 7
-    assert all(".lora_" in name and parameter.dtype == dtype for name, parameter in trained.items())
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"), [((0, 8, 0.0), "rank is 0"), ((4, 0, 0.0), "alpha is 0"), ((4, 8, 1.0), "dropout is 1.0")]
-)
-def test_lora_settings_check_themselves(settings, reason):
-    with pytest.raises(ValueError, match=reason):
-        LoraSettings(*settings)
-
-
 def test_the_action_embedding_starts_among_real_embeddings():
     model, (tokenizer, token_id) = load_backbone("tiny", dtype=torch.bfloat16), load_tokenizer("tiny")
-    initial = action_token_init(model, tokenizer)
+    initial = action_token_init("tiny", tokenizer, torch.bfloat16)
     assert initial.shape == (128,)
     assert initial.dtype == torch.bfloat16
     table = model.language_model.embed_tokens.weight

@@ -1,0 +1,59 @@
+"""The best checkpoint of a run as a folder of its own: what evaluation and prediction read, and nothing to resume."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from vidcls.manifest import MANIFEST_NAME, fsync, seal, verify
+from vidcls.model.pretrained import TRAINING_PREFIX
+
+BEST_NAME = "best"
+ABOUT_NAME = "best.json"
+
+
+def publish_best(checkpoint: Path, output_dir: Path, about: dict[str, Any]) -> Path:
+    """Make output_dir/best from a checkpoint, in place of an earlier one; returns it. One process calls it.
+
+    Files are hard links where the disk can, so they cost nothing while the checkpoint is there. `about` (JSON) is
+    written beside them, as best.json, and a MANIFEST over all.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole; best/ stays as it was.
+    """
+    verify(checkpoint, skip_prefix=TRAINING_PREFIX)
+    listed = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+    for leftover in output_dir.glob(f"{BEST_NAME}.*-*"):  # of killed runs
+        shutil.rmtree(leftover)
+    mark = uuid.uuid4().hex[:8]
+    folder, target = output_dir / f"{BEST_NAME}.tmp-{mark}", output_dir / BEST_NAME
+    folder.mkdir()
+    try:
+        for name in listed:
+            if not name.startswith(TRAINING_PREFIX):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(checkpoint / name, folder / name)
+        (folder / ABOUT_NAME).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        seal(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    superseded = output_dir / f"{BEST_NAME}.superseded-{mark}"
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(superseded)
+    folder.rename(target)
+    fsync(output_dir)
+    shutil.rmtree(superseded, ignore_errors=True)
+    return target
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # file systems without hard links
+        shutil.copyfile(source, target)

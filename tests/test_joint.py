@@ -49,8 +49,8 @@ EXACT = {
     "bf16": False,
     "seed": 3,
 }
-# Measured: 3e-7 between 1 and 2 ranks and against plain PyTorch, 2e-6 for norms.
-CLOSE = {"loss": 7e-6, "grad_norm": 3e-5}
+# Measured: 1.1e-7 and 2.3e-7 at most, between rank counts and against plain PyTorch.
+CLOSE = {"loss": 3e-6, "grad_norm": 6e-6}
 
 
 @pytest.fixture(scope="module")

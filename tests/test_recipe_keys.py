@@ -423,7 +423,7 @@ def test_flash_attn(build: Callable[..., ActionClassifier], value: str, used: st
 def test_what_is_used_instead(prepare: Prepare, build: Callable[..., ActionClassifier]) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU may give what is asked for")
-    changes = {"flash_attn": "fa2", "enable_liger_kernel": True}
+    changes = {"flash_attn": "fa2", "enable_liger_kernel": True, "bf16": True}
     attention, liger = prepare(**changes).spec.notices()
     assert attention.startswith("flash_attn: fa2 needs a GPU")
     assert liger.startswith("enable_liger_kernel: needs a GPU")

@@ -11,13 +11,12 @@ import pytest
 import yaml
 
 from tests.support import launch
+from tests.support.learning import predictions, top1
 from tools.make_motion_clips import make_motion_clips
 from vidcls.data.batch import Batch
+from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, Request
-from vidcls.data.shards import ShardIndex
-from vidcls.evaluation.evaluate import predict_batches
 from vidcls.model.patches import Grid
-from vidcls.model.pretrained import load_model
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
@@ -77,15 +76,6 @@ def frame_values(grid: Grid) -> int:
     return grid[1] * grid[2] * 14 * 14 * 3
 
 
-def accuracy(checkpoint: Path, shards: Path, kind: type[ClipBatches] = ClipBatches) -> float:
-    """Top-1 in this process, one clip at a time."""
-    model, encoder, spec = load_model(checkpoint)
-    index = ShardIndex.open(shards)
-    clips = kind(index, encoder, prompt=spec.prompt, max_frames=spec.video_maxlen)
-    predictions = predict_batches(model, (clips[Request((i,))] for i in range(len(index))))
-    return float(np.mean([p.predicted == p.label for p in predictions]))
-
-
 def test_motion_is_learned_from_the_order_of_frames(tmp_path: Path) -> None:
     videos = make_motion_clips(tmp_path / "videos", per_class=100)
     folder = ("folder", "--videos", videos, "--split")
@@ -93,7 +83,7 @@ def test_motion_is_learned_from_the_order_of_frames(tmp_path: Path) -> None:
     test = shard(tmp_path / "test", *folder, "test")
     in_order = evaluate(checkpoint, test)
 
-    shuffled = accuracy(checkpoint, test, ShuffledFrames)
+    shuffled = top1(predictions(checkpoint, test, ShuffledFrames))
     print(f"motion: top-1 {in_order:.3f} in order, {shuffled:.3f} with shuffled frames, on 100 held-out clips")
     assert in_order >= 0.9
     assert shuffled <= 0.6
@@ -128,7 +118,8 @@ def test_real_clips_are_learned(ucf_shards: dict[str, Path], tmp_path: Path, sta
     done = launch.deepspeed(2, "tests/support/trainings.py", *recipes, log=tmp_path / "log", timeout=400)
     assert done.code == 0, done.output[-3000:]
     print(f"real clips, ZeRO-{stage}: {len(SEEDS)} trainings in {time.monotonic() - begin:.0f} s")
-    accuracies = [accuracy(tmp_path / f"seed{seed}" / "checkpoint-90", ucf_shards["test"]) for seed in SEEDS]
+    checkpoints = [tmp_path / f"seed{seed}" / "checkpoint-90" for seed in SEEDS]
+    accuracies = [top1(predictions(checkpoint, ucf_shards["test"])) for checkpoint in checkpoints]
     listed = ", ".join(f"{a:.3f}" for a in accuracies)
     print(f"real clips, ZeRO-{stage}: top-1 {listed}, mean {np.mean(accuracies):.3f} on 42 held-out clips, chance 0.17")
     assert np.mean(accuracies) >= 0.55

@@ -50,14 +50,14 @@ def log_rows(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output_dir / "train_log.jsonl").read_text().splitlines()]
 
 
-def predictions(checkpoint: Path, shards: Path) -> list[Prediction]:
-    """What the checkpoint's head for these classes says of every clip, in this process."""
+def predictions(checkpoint: Path, shards: Path, kind: type[ClipBatches] = ClipBatches) -> list[Prediction]:
+    """What the checkpoint's head for these classes says of every clip, in this process; `kind` reads them."""
     model, encoder, spec = load_model(checkpoint)
     index = ShardIndex.open(shards)
     head = head_for_labels(read_heads(checkpoint), None, index.labels, str(shards))
-    clips = ClipBatches([ClipSource(index, head.prompt, head.number)], encoder, frame_choice(spec))
+    clips = kind([ClipSource(index, head.prompt, head.number)], encoder, frame_choice(spec))
     requests = (Request(tuple(range(i, min(i + BATCH, len(index))))) for i in range(0, len(index), BATCH))
-    return predict_batches(model, map(clips.read, requests), len(index.labels))
+    return predict_batches(model, map(clips.__getitem__, requests), len(index.labels))
 
 
 def top1(found: list[Prediction], labels: set[int] | None = None) -> float:

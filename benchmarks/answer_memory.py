@@ -29,8 +29,9 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
+from processes import end_session, free_port, kilobytes, ranks_below
 from rounds import RESULTS, conditions
-from train_3b import DEEPSPEED, ROOT, end_session, free_port, kilobytes
+from train_3b import DEEPSPEED, ROOT
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vidcls.data.index import ShardIndex
@@ -39,7 +40,11 @@ from vidcls.model.pretrained import build_encoder, read_spec
 from vidcls.model.tiny import tiny_config, tiny_tokenizer
 from vidcls.options import ACTION_TOKEN, DEFAULT_PROMPT
 
-VOCABULARY, WIDTH = 151_936, 2048
+sys.path.append(str(ROOT))  # tools are no package that is installed
+from tools.make_random_checkpoint import PUBLISHED_SHAPES
+
+SHAPE = PUBLISHED_SHAPES["3b"]
+VOCABULARY, WIDTH = SHAPE["vocab_size"], SHAPE["hidden_size"]
 FRAMES, SIZE, STEPS = 16, 112, 2
 SAMPLE_SECONDS = 0.005
 # The built-in tokenizer has a token a byte: an answer such as "right", its end and the turn before it are at most 19,
@@ -72,12 +77,8 @@ def make_inputs(work: Path, layers: int, clips: int) -> None:
     """The model and the shards, each only if `work` does not hold it yet."""
     if not (work / "model").exists():
         text = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": WIDTH,
-            "intermediate_size": 11008,
+            **SHAPE,
             "num_hidden_layers": layers,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
             "initializer_range": 0.02,
         }
@@ -86,8 +87,11 @@ def make_inputs(work: Path, layers: int, clips: int) -> None:
         values["vision_config"] = {**values["vision_config"], "out_hidden_size": WIDTH}
         torch.manual_seed(0)
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**values)).bfloat16()
-        model.save_pretrained(work / "model")
-        tiny_tokenizer().save_pretrained(work / "model")
+        unfinished = work / "model.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        tiny_tokenizer().save_pretrained(unfinished)
+        unfinished.replace(work / "model")
     if not (work / "shards").exists():
         videos = work / "videos"
         shutil.rmtree(videos, ignore_errors=True)
@@ -130,7 +134,7 @@ def train(work: Path, name: str, clips: int) -> Case:
     rank: psutil.Process | None = None
     try:
         while launcher.poll() is None:
-            rank = rank or _rank_below(launcher)
+            rank = rank or next(iter(ranks_below(launcher)), None)
             if rank is not None:
                 with contextlib.suppress(psutil.Error, OSError):  # it comes and goes
                     status = kilobytes(Path(f"/proc/{rank.pid}/status"))
@@ -221,15 +225,6 @@ def main() -> int:
 
 def _tool(name: str, *words: object) -> None:
     subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, words)], cwd=ROOT, check=True)
-
-
-def _rank_below(launcher: psutil.Process) -> psutil.Process | None:
-    """The training process: the launcher's descendant with the argument that only ranks get."""
-    with contextlib.suppress(psutil.Error):
-        for process in launcher.children(recursive=True):
-            if any(word.startswith("--local_rank=") for word in process.cmdline()):
-                return process
-    return None
 
 
 if __name__ == "__main__":

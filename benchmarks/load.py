@@ -34,8 +34,9 @@ from pathlib import Path
 
 import psutil
 import yaml
+from processes import end_session, free_port, kilobytes, ranks_below
 from rounds import RESULTS, conditions
-from train_3b import DEEPSPEED, ROOT, SIZE, end_session, free_port, kilobytes, make_inputs
+from train_3b import DEEPSPEED, ROOT, SIZE, make_inputs
 
 SAMPLE_SECONDS = 0.25
 WRAPPED = "training  "  # how the line begins that a run prints when its engine is made
@@ -108,7 +109,7 @@ def load(work: Path, *, stage: int, ranks: int) -> Load:
             just_wrapped = not result.seconds_to_wrapped and WRAPPED in log.read_text()
             if just_wrapped:
                 result.seconds_to_wrapped = time.monotonic() - started
-            for process in _ranks_below(launcher):
+            for process in ranks_below(launcher):
                 with contextlib.suppress(psutil.Error, OSError):  # processes come and go
                     result.peak.sample(process.pid)
                     if just_wrapped:
@@ -172,17 +173,6 @@ def main() -> int:
         print(f"error: ZeRO-3 holds {share:.2f} of what ZeRO-2 does, above --limit {args.limit}", file=sys.stderr)
         return 1
     return 0
-
-
-def _ranks_below(launcher: psutil.Process) -> list[psutil.Process]:
-    """The training processes: the launcher's descendants with the argument that only ranks get."""
-    found = []
-    with contextlib.suppress(psutil.Error):
-        for process in launcher.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if any(word.startswith("--local_rank=") for word in process.cmdline()):
-                    found.append(process)
-    return found
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
+from processes import end_session, free_port, kilobytes, ranks_below
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -121,7 +121,7 @@ def train(work: Path, *, steps: int, stage: int) -> Result:
     try:
         while launcher.poll() is None:
             with contextlib.suppress(psutil.Error, OSError):  # processes come and go
-                if rank := _rank_below(launcher):
+                for rank in ranks_below(launcher):
                     memory.sample(rank)
             if first_step is None and rows.exists() and rows.stat().st_size:
                 first_step = time.monotonic() - started
@@ -203,34 +203,6 @@ def main() -> int:
 
 def _tool(name: str, *words: object) -> None:
     subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, words)], cwd=ROOT, check=True)
-
-
-def _rank_below(launcher: psutil.Process) -> psutil.Process | None:
-    """The training process: the launcher's first descendant with the argument that only ranks get."""
-    for process in launcher.children(recursive=True):
-        if any(word.startswith("--local_rank=") for word in process.cmdline()):
-            return process
-    return None
-
-
-def kilobytes(path: Path) -> dict[str, int]:
-    """The `Name: 123 kB` lines of a file in /proc, in bytes."""
-    fields = (line.split() for line in path.read_text().splitlines())
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields if len(words) == 3 and words[2] == "kB"}
-
-
-def end_session(session: int) -> None:
-    """Kill what is left of the session that the launcher leads."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                process.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _seconds(value: float | None) -> str:

@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tools import make_random_checkpoint as tool
 from vidcls.model.tokens import load_tokenizer
-from vidcls.model.weights import load_backbone
+from vidcls.model.weights import load_backbone, load_config
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,12 @@ def test_layouts_hold_the_same_weights_by_other_names(tmp_path: Path) -> None:
     for layout in tool.LAYOUTS:
         folder = tool.write_checkpoint(tmp_path / layout, "tiny-untied", layout=layout, shard_bytes=None)
         assert [path.name for path in folder.glob("*.safetensors*")] == ["model.safetensors"]
+        assert not load_config(str(folder)).tie_word_embeddings
+        if layout != "base":
+            whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            assert not torch.equal(whole.lm_head.weight, whole.get_input_embeddings().weight)
+        values_text = json.loads((folder / "config.json").read_text()).get("text_config", {})
+        assert not values_text.get("tie_word_embeddings", False)
         tensors = stored(folder)
         names[layout] = {name.split(".")[0] + "." + name.split(".")[1] for name in tensors}
         values[layout] = sorted(tensors[name].float().sum().item() for name in tensors if name != "lm_head.weight")

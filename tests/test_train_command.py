@@ -153,7 +153,7 @@ def test_a_hostfile_that_does_not_exist_is_refused(small_shards: Path, tmp_path:
         (["resume_from_checkpoint=/nowhere"], "/nowhere is not a whole checkpoint"),
         (["flash_attn=fa2", "bf16=false"], "flash_attn: 'fa2' needs bf16"),
         (["lr_scheduler_kwargs={min_lr: 0.1}"], "lr_scheduler_kwargs"),
-        (["val_size=26"], "val_size: 26 of 26 clips leaves none to train on"),
+        (["val_size=26", "eval_strategy=epoch"], "val_size: 26 of 26 clips leaves none to train on"),
     ],
 )
 def test_mistakes_in_one_process(

@@ -136,7 +136,8 @@ def model_config(shape: str) -> Qwen2_5_VLConfig:
         raise ValueError(f"shape is {shape!r}; legal: {' | '.join(SHAPES)}")
     config = tiny_config() if shape in TINY_SHAPES else _published_config(shape)
     if shape == "tiny-untied":
-        config.tie_word_embeddings = False
+        text_config: Any = config.text_config  # has a flag of its own, which transformers obeys too
+        config.tie_word_embeddings = text_config.tie_word_embeddings = False
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     config.dtype = torch.bfloat16
     return config

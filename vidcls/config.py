@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ OWNED_BY_RECIPE = {
     "scheduler": "lr_scheduler_type",
     "steps_per_print": "logging_steps",
     "tensorboard": "report_to",
+    "wandb": "report_to",
+    "csv_monitor": "report_to",
+    "comet": "report_to",
 }
 
 
@@ -322,7 +326,8 @@ class _Registry:
 
 
 def _names_and_places(text: str, field: str, registry: _Registry) -> tuple[list[str], list[str]]:
-    if Path(text).is_dir() or "," not in text:
+    # A comma may also be part of a folder's name, or of a URL.
+    if Path(text).is_dir() or "," not in text or text.count("://") == 1:
         return [DEFAULT_NAME], [registry.place(text, field)]
     names = [name.strip() for name in text.split(",")]
     if len({*names}) < len(names) or "" in names:
@@ -354,6 +359,14 @@ def _check_data(config: Config) -> str | None:
         return f"val_size: {data.val_size} must be a share below 1 or a whole number of clips"
     if data.mixing_temperature != 1 and (len(config.train_sets) == 1 or config.train_sets[0].weight is not None):
         return f"mixing_temperature: {data.mixing_temperature} has no effect with one data set, or with weights"
+    for each in config.train_sets:
+        if each.augment.mirror_pairs != "auto" and not each.augment.horizontal_flip:
+            return f"mirror_pairs: {each.augment.mirror_pairs!r} has no effect with horizontal_flip 0"
+    places = [(each.head, os.path.normpath(each.place)) for each in config.train_sets]
+    if doubled := sorted({place for place in places if places.count(place) > 1}):
+        return f"dataset: {doubled[0][1]!r} stands there twice"
+    if data.val_size and config.eval.eval_strategy == "no":
+        return f"val_size: {data.val_size:g} has no effect with eval_strategy 'no'; use steps or epoch"
     if data.dense_stride != 2 and data.frame_sampling != "dense":
         return f"dense_stride: {data.dense_stride} has no effect with frame_sampling {data.frame_sampling!r}; use dense"
     return None
@@ -382,6 +395,9 @@ def _check_model(config: Config) -> str | None:
             f"action_decoder_num_heads: {model.action_decoder_num_heads} has no effect with action_decoder_type "
             f"{kind!r}; use attention or leave it out"
         )
+    offload = config.zero["zero_optimization"].get("offload_optimizer")
+    if optim.ema_decay is not None and isinstance(offload, dict) and offload.get("device") == "nvme":
+        return f"ema_decay: {optim.ema_decay} needs the optimizer's state in memory; deepspeed offloads it to nvme"
     if model.flash_attn == "fa2" and not optim.bf16:
         return "flash_attn: 'fa2' needs bf16: true; flash-attention has no float32"
     if model.num_action_classes is not None and config.data.datasets is not None:
@@ -482,7 +498,8 @@ def _field_error(cls: type[Section], item: Any) -> str:
         str(part) for part in item["loc"] if not str(part).startswith(("list[", "literal[", "constrained"))
     )
     if item["type"] == "missing":
-        return f"{key}: required, not given ({cls.model_fields[key].description})"
+        about = f" ({cls.model_fields[key].description})" if len(item["loc"]) == 1 else ""
+        return f"{where}: required, not given{about}"
     field = cls.model_fields[key]
     legal = _legal(field.annotation, field.metadata)
     return f"{where}: {item['input']!r} is not legal: {item['msg']}{' (legal: ' + legal + ')' if legal else ''}"

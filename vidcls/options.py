@@ -157,7 +157,9 @@ class AugmentOptions(Section):
         0.0, ge=0, le=1, description="strength of brightness, contrast, saturation, hue; 0: off"
     )
     random_erasing: float = Field(0.0, ge=0, le=1, description="probability of blanking a box")
-    rand_augment: tuple[int, float] | None = Field(None, description="[operations per clip, magnitude 0 to 10]")
+    rand_augment: tuple[Annotated[int, Field(ge=1, le=16)], Annotated[float, Field(ge=0, le=10)]] | None = Field(
+        None, description="[operations per clip, magnitude 0 to 10]"
+    )
     mixup_alpha: float = Field(0.0, ge=0, description="mixup with shares from Beta(alpha, alpha); 0: off")
     cutmix_alpha: float = Field(0.0, ge=0, description="cutmix likewise; with both, each clip gets one of them")
 

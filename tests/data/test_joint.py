@@ -177,6 +177,16 @@ def test_the_shard_of_a_clip_is_at_hand_and_none_is_fetched_for_nothing(order: J
         assert {source for source, _ in ahead} == {*windowed}
 
 
+@given(order=joined(), position=st.integers(0, 200))
+@few
+def test_shards_ahead_are_those_that_each_data_set_has_reached(order: JointOrder, position: int) -> None:
+    reached = Counter(each.source for each in stream(again(order), range(position)))
+    expected = [
+        (source, shard) for source, part in enumerate(order.parts) for shard in part.order.shards_ahead(reached[source])
+    ]
+    assert list(order.shards_ahead(position)) == expected
+
+
 def test_shards_without_a_chosen_clip_are_not_fetched() -> None:
     """A few clips of a large data set must not bring all of its shards."""
     shard = np.repeat(np.arange(100), 10)

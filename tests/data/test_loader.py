@@ -16,16 +16,17 @@ from tests.support.forgery import forge_sample
 from tests.support.shards import clip_batches
 from tests.support.web import web
 from vidcls.config import PromptError
+from vidcls.data.augment import AugmentSettings
 from vidcls.data.batch import Batch, collate, prepare_clip
 from vidcls.data.codecs import FrameError, decode_frames
 from vidcls.data.frames import jittered, view
 from vidcls.data.index import ShardError, ShardIndex
 from vidcls.data.joint import JointOrder
-from vidcls.data.loader import ClipBatches, Request, evaluation_requests, training_requests
+from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request, evaluation_requests, training_requests
 from vidcls.data.order import ShardWindow, StepLayout
 from vidcls.data.places import CacheSettings, LocalFolder
 from vidcls.data.reading import read_batches
-from vidcls.data.shards import ShardReader
+from vidcls.data.shards import ShardReader, StoredSample
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tiny import tiny_config, tiny_tokenizer
@@ -196,9 +197,9 @@ def test_a_clip_that_cannot_be_read_is_skipped_and_changes_nothing_else(
         frames, expected = batch.frames.view(5, -1), whole.frames.view(5, -1)
         assert [int(row.max()) for row in frames[[0, 2, 3]]] == [0, 0, 0]
         assert torch.equal(frames[[1, 4]], expected[[1, 4]])
-        assert [key for key, _ in batch.bad] == [index.keys[i] for i in (0, 12, 25)]
+        assert [key for key, _ in batch.bad] == [f"0/{index.keys[i]}" for i in (0, 12, 25)]
         for (key, reason), word in zip(batch.bad, ("frame 2", "checksum", "cannot be opened"), strict=True):
-            assert key in reason
+            assert key.removeprefix("0/") in reason
             assert word in reason
 
 
@@ -310,3 +311,150 @@ def test_padding_batches_have_weight_zero(clips: ClipBatches) -> None:
     padding = clips.read(requests[4][0])
     assert padding.weights_B.tolist() == [0.0]
     assert clips.read(requests[3][0]).weights_B.tolist() == [1.0, 1.0]
+
+
+def answering(
+    index: ShardIndex,
+    encoder: PromptEncoder,
+    answers: dict[int, str],
+    mirror: list[int] | None,
+    prompt: str = DEFAULT_PROMPT,
+) -> ClipBatches:
+    """All clips flipped, some samples with an answer of their own."""
+    source = ClipSource(
+        index,
+        prompt,
+        augment=AugmentSettings(horizontal_flip=1.0),
+        mirror=None if mirror is None else np.array(mirror),
+        ids=np.arange(len(index)),
+    )
+    clips = ClipBatches([source], encoder, FrameChoice(2), answers=True)
+    stored = clips._readers[0].read
+
+    def read(sample: int) -> StoredSample:
+        found = stored(sample)
+        return dataclasses.replace(found, about=found.about.model_copy(update={"answer": answers.get(sample)}))
+
+    clips._readers[0].read = read  # type: ignore[method-assign]
+    return clips
+
+
+def said(batch: Batch, encoder: PromptEncoder) -> list[str]:
+    assert batch.answer_labels_BL is not None
+    rows = [[i for i in row if i >= 0] for row in batch.answer_labels_BL.tolist()]
+    return [encoder.tokenizer.decode(row).removesuffix("<|im_end|>") for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("mirror", "answer", "label", "expected"),
+    [
+        ([3, 1, 2, 0], "down", 3, "up"),  # the old class's name
+        ([3, 1, 2, 0], "It sinks.", 3, "up"),  # no side to swap
+        ([3, 1, 2, 0], "It sinks to the left.", 3, "It sinks to the right."),
+        ([0, 2, 1, 3], "It sinks to the left.", 0, "It sinks to the right."),
+        ([0, 2, 1, 3], "It sinks.", 0, "It sinks."),
+        ([2, 1, 0, 3], "down", 2, "right"),
+        ([0, -1, 2, 3], "The right one.", 0, "The right one."),  # no class has a partner
+        (None, "The right one.", 0, "The right one."),
+    ],
+)
+def test_the_answer_of_a_flipped_clip_does_not_contradict_its_label(
+    small_shards: Path, encoder: PromptEncoder, mirror: list[int] | None, answer: str, label: int, expected: str
+) -> None:
+    index = ShardIndex.open(small_shards)
+    assert index.labels.names == ("down", "left", "right", "up")
+    batch = answering(index, encoder, {0: answer}, mirror).read(Request((0,), epochs=(0,)))
+    assert batch.labels_B.tolist() == [label]
+    assert said(batch, encoder) == [expected]
+
+
+@pytest.mark.parametrize(("mirror", "word"), [([0, 2, 1, 3], "left"), ([0, -1, -1, 3], "right"), (None, "right")])
+def test_prompts_are_swapped_only_where_classes_are(
+    small_shards: Path, encoder: PromptEncoder, mirror: list[int] | None, word: str
+) -> None:
+    prompt = "<video>Choose the right action. <ACTION>"
+    clips = answering(ShardIndex.open(small_shards), encoder, {}, mirror, prompt)
+    batch = clips.read(Request((0,), epochs=(0,)))
+    assert f"Choose the {word} action." in encoder.tokenizer.decode(batch.input_ids_BL[0])
+
+
+def test_an_answer_that_is_too_long_gives_way_to_the_class_name(small_shards: Path, encoder: PromptEncoder) -> None:
+    clips = answering(ShardIndex.open(small_shards), encoder, {0: "word " * 600, 1: "It sinks."}, [3, 1, 2, 0])
+    batch = clips.read(Request((0, 1), epochs=(0, 0)))
+    assert said(batch, encoder) == ["up", "up"]
+    assert said(answering(clips.sources[0].index, encoder, {0: "word " * 600}, None).read(Request((0,))), encoder) == [
+        "down"
+    ]
+
+
+def mixing(index: ShardIndex, encoder: PromptEncoder, *, apart: bool = False, sources: int = 1) -> ClipBatches:
+    augment = AugmentSettings(mixup_alpha=1.0)
+    source = ClipSource(index, DEFAULT_PROMPT, augment=augment, ids=np.arange(len(index)), shards_apart=apart)
+    return ClipBatches([source] * sources, encoder, FrameChoice(4), skip_bad=True)
+
+
+def test_a_partner_that_cannot_be_read_leaves_a_clip_unmixed(
+    small_shards: Path, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(small_shards, tmp_path / "shards")
+    flip_a_bit(folder, 12)
+    everything = tuple(range(26))
+    whole = mixing(ShardIndex.open(small_shards), encoder)
+    damaged = mixing(ShardIndex.open(folder), encoder)
+    plain = clip_batches(ShardIndex.open(small_shards), encoder, 4).read(Request(everything)).frames.view(26, -1)
+    changed = set()
+    for epoch in range(4):
+        request = Request(everything, epochs=(epoch,) * 26)
+        expected, found = whole.read(request), damaged.read(request)
+        assert [key for key, _ in found.bad] == [f"0/{found.keys[12]}"]
+        assert found.weights_B.tolist() == [float(sample != 12) for sample in everything]
+        for sample in set(everything) - {12}:
+            frames, wanted = found.frames.view(26, -1)[sample], expected.frames.view(26, -1)[sample]
+            if not torch.equal(frames, wanted):
+                changed.add(sample)
+                assert torch.equal(frames, plain[sample])
+                assert found.shares_B[sample] == 0
+                assert found.labels_B[sample] == expected.labels_B[sample]
+    assert changed, "somebody's partner"
+
+
+def test_bad_clips_of_equal_keys_in_two_data_sets_are_told_apart(
+    small_shards: Path, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(small_shards, tmp_path / "shards")
+    flip_a_bit(folder, 12)
+    index = ShardIndex.open(folder)
+    batch = mixing(index, encoder, sources=2).read(Request((12, 12), sources=(0, 1), epochs=(0, 0)))
+    assert [key for key, _ in batch.bad] == [f"0/{index.keys[12]}", f"1/{index.keys[12]}"]
+    assert batch.keys == (index.keys[12],) * 2
+
+
+def test_partners_within_a_shard_are_drawn_for_each_clip(small_shards: Path, encoder: PromptEncoder) -> None:
+    """Clips at the same place of several shards do not share how they are mixed."""
+    index = ShardIndex.open(small_shards)
+    clips = mixing(index, encoder, apart=True)
+    batch = clips.read(Request(tuple(range(26)), epochs=(0,) * 26))
+    shares = batch.shares_B.tolist()
+    assert len({*zip(shares[:10], shares[10:20], strict=True)}) == 10
+    assert sum(a != b for a, b in zip(shares[:10], shares[10:20], strict=True)) >= 9
+    for sample in range(26):
+        (row,) = clips._rows(Request((sample,), epochs=(0,)))
+        assert clips._partners(row).tolist() == np.flatnonzero(index.shard == index.shard[sample]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("ids", "micro", "ahead"),
+    [
+        (None, 10, [(0, 1), (1, 2), (2,)]),
+        (None, 2, [(0, 1)] * 4 + [(0, 1)] + [(1, 2)] * 5 + [(2,)] * 3),
+        ([0, 1, 25], 1, [(0, 2), (0, 2), (2,)]),
+        ([3, 12, 25], 1, [(0, 1), (1, 2), (2,)]),
+        ([0, 25], 2, [(0, 2)]),
+    ],
+)
+def test_evaluation_announces_the_shards_that_it_needs(
+    small_shards: Path, ids: list[int] | None, micro: int, ahead: list[tuple[int, ...]]
+) -> None:
+    index = ShardIndex.open(small_shards)
+    requests = evaluation_requests(index, micro, 1, 0, None if ids is None else np.array(ids))
+    assert [tuple(shard for _, shard in request.ahead) for request in requests] == ahead

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vidcls.data.labels import LabelSpace, LabelSpaceError
-from vidcls.data.mirror import ONE_SIDED, mirror_of, mirror_pairs, one_sided, swap_sides
+from vidcls.data.mirror import ONE_SIDED, mirror_for, mirror_of, mirror_pairs, swap_sides, swaps_classes
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,6 @@ def test_pairs_of_names_and_classes_without_a_partner() -> None:
     )
     assert mirror_of(labels).tolist() == [0, 3, ONE_SIDED, 1, 5, 4, 6]
     assert mirror_of(labels).dtype == np.int64
-    assert one_sided(labels) == [2]
 
 
 def test_two_spellings_of_one_mirror_class_leave_none_to_guess() -> None:
@@ -73,7 +72,7 @@ def test_something_something_has_its_three_official_pairs_and_no_other_side(real
     mirror = mirror_of(labels)
     changed = {(int(a), int(mirror[a])) for a in np.flatnonzero(mirror != np.arange(174))}
     assert changed == {(86, 87), (87, 86), (93, 94), (94, 93), (166, 167), (167, 166)}
-    assert one_sided(labels) == []
+    assert ONE_SIDED not in mirror
 
 
 @pytest.mark.real
@@ -87,22 +86,38 @@ def test_no_class_of_ucf101_has_a_side(real_data: Path) -> None:
 def test_explicit_pairs_replace_what_names_say() -> None:
     labels = LabelSpace(("west", "turn left", "east", "turn right", "only left"))
     assert mirror_pairs([["west", "east"]], labels).tolist() == [2, 1, 0, 3, 4]
-    assert mirror_pairs([(0, 2), ("turn left", 3)], labels).tolist() == [2, 3, 0, 1, 4]
+    assert mirror_pairs([("west", "east"), ("turn left", "turn right")], labels).tolist() == [2, 3, 0, 1, 4]
     assert mirror_pairs([], labels).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_mirror_of_a_recipe_is_none_where_no_flip_matters() -> None:
+    sides, choices = LabelSpace(("turn left", "turn right", "up")), LabelSpace(("choose the right one", "up"))
+    found = mirror_for("auto", 0.5, sides)
+    assert found is not None
+    assert found.tolist() == [1, 0, 2]
+    assert swaps_classes(found)
+    explicit = mirror_for([("turn left", "up")], 0.5, sides)
+    assert explicit is not None
+    assert explicit.tolist() == [2, 1, 0]
+    assert mirror_for("auto", 0.0, sides) is None
+    assert mirror_for([], 0.5, sides) is None
+    assert mirror_for("auto", 0.5, LabelSpace(("up", "down"))) is None
+    alone = mirror_for("auto", 0.5, choices)  # not flipped; but nothing is called otherwise
+    assert alone is not None
+    assert alone.tolist() == [ONE_SIDED, 1]
+    assert not swaps_classes(alone)
+    assert not swaps_classes(None)
 
 
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
         ([["turn leftt", "right"]], r"mirror_pairs\[0\]: there is no class 'turn leftt'; close names: 'turn left'"),
-        ([["zzzz", "right"]], r"no class 'zzzz'; legal: a class name, or 0 to 2"),
-        ([["turn left", 3]], r"no class 3; legal: .* 0 to 2"),
-        ([["turn left", True]], r"no class True"),
-        ([["turn left", -1]], r"no class -1"),
-        ([["turn left"]], r"mirror_pairs\[0\]: \['turn left'\], legal: two classes"),
-        (["no"], r"mirror_pairs\[0\]: 'no', legal: two classes"),
+        ([["zzzz", "right"]], r"no class 'zzzz'; legal: the 3 class names"),
+        ([["turn left"]], r"mirror_pairs\[0\]: \['turn left'\], legal: the names of two classes"),
+        (["no"], r"mirror_pairs\[0\]: 'no', legal: the names of two classes"),
         (
-            [["turn left", "turn right"], [0, 2]],
+            [["turn left", "turn right"], ["turn left", "up"]],
             r"mirror_pairs\[1\]: class 0 \('turn left'\) is in mirror_pairs\[0\] too",
         ),
     ],

@@ -72,21 +72,38 @@ def test_rows_are_what_training_reads(small_shards: Path, tmp_path: Path) -> Non
     mirror = mirror_of(index.labels)
     source = ClipSource(index, "", augment=AugmentSettings(**changes), mirror=mirror, ids=np.arange(26))
     clips = ClipBatches([source], _Sizes(784, 128**2, 128**2), FrameChoice(4), seed=5)
-    for number, sample in enumerate(choose(index.label, mirror, flips=True)):
+    for number, sample in enumerate(choose(index.label, mirror)):
         for epoch in range(3):
             batch = clips.read(Request((sample,), epochs=(epoch,)))
             np.testing.assert_array_equal(rows[4 * number + 1 + epoch].ravel(), batch.frames.numpy())
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_last_one(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_augmented(tmp_path / "out.png", small_shards, config(small_shards))
+    before = (tmp_path / "out.png").read_bytes()
+
+    def fail(self: Image.Image, out: Path, **options: Any) -> None:
+        Path(out).write_bytes(before[:50])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        draw_augmented(tmp_path / "out.png", small_shards, config(small_shards, horizontal_flip=1.0))
+    assert (tmp_path / "out.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
 def test_classes_that_swap_come_first_when_flips_are_on() -> None:
     # up, left, right, only left, down, and a class without clips
     mirror = np.array([0, 2, 1, -1, 4, 5])
     label = np.array([0, 0, 1, 2, 2, 2, 3, 4])
-    assert label[choose(label, mirror, flips=True)].tolist() == [1, 2, 3, 0, 4]
-    assert label[choose(label, mirror, flips=False)].tolist() == [0, 1, 2, 3, 4]
-    assert len(choose(np.arange(100), np.arange(100), flips=True)) == 6
+    assert label[choose(label, mirror)].tolist() == [1, 2, 3, 0, 4]
+    assert label[choose(label, None)].tolist() == [0, 1, 2, 3, 4]
+    assert len(choose(np.arange(100), np.arange(100))) == 6
     swapped = np.arange(100)[::-1]
-    assert choose(np.arange(100), swapped, flips=True)[:4] == [0, 99, 1, 98]
+    assert choose(np.arange(100), swapped)[:4] == [0, 99, 1, 98]
 
 
 def test_names_from_a_data_set_cannot_break_the_picture(tmp_path: Path) -> None:

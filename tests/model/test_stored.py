@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vidcls.model.stored import INDEX_NAME, StoredTensors
+from vidcls.model.stored import INDEX_NAME, StoredTensors, differing_shapes, read_shapes, read_tensors
 
 
 @pytest.fixture
@@ -121,3 +121,26 @@ def test_the_fingerprint_follows_names_and_values(folder, tmp_path_factory):
     assert StoredTensors.open(folder).fingerprint() == StoredTensors.open(copy).fingerprint()
     save_file({"c": torch.zeros(5).half()}, copy / "two.safetensors")
     assert StoredTensors.open(folder).fingerprint() != StoredTensors.open(copy).fingerprint()
+
+
+def test_one_file_and_its_header_alone(folder):
+    path = folder / "one.safetensors"
+    assert torch.equal(read_tensors(path)["a"], torch.arange(6.0).reshape(2, 3))
+    assert read_shapes(path) == {"a": (2, 3), "b": (4,)}
+    path.write_bytes(path.read_bytes()[:-1])
+    for read in (read_tensors, read_shapes):
+        with pytest.raises(ValueError, match=r"one\.safetensors cannot be read"):
+            read(path)
+        with pytest.raises(ValueError, match=r"none\.safetensors does not exist"):
+            read(folder / "none.safetensors")
+
+
+def test_shapes_that_differ_are_counted_and_the_first_is_named():
+    needed = {"a": (2, 3), "b": (4,), "c": ()}
+    assert differing_shapes(dict(needed), needed) is None
+    assert differing_shapes({"d": (1,), **needed, "b": (5,)}, needed) == (
+        "2 tensors differ from this model, the first is b: stored (5,), needed (4,)"
+    )
+    assert differing_shapes({"a": (2, 3), "c": ()}, needed) == (
+        "1 tensor differs from this model, the first is b: stored not at all, needed (4,)"
+    )

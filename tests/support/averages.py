@@ -103,16 +103,16 @@ def train_and_look(bf16: bool, zero: dict[str, Any]) -> dict[str, torch.Tensor]:
         step(engine, number)
         average.update(number)
         note(f"masters{number + 1}", masters(engine))
-        note(f"average{number + 1}", average.gather())
+        note(f"average{number + 1}", dict(average.gather()))
         if number + 1 == LOOK:
             note("before", {**weights(engine), "logits": logits(engine)})
             with average.applied():
                 note("applied", {**weights(engine), "logits": logits(engine)})
             note("after", {**weights(engine), "logits": logits(engine)})
     resumed = WeightAverage(engine, DECAY)
-    note("fresh", resumed.gather())
+    note("fresh", dict(resumed.gather()))
     resumed.load({name.partition("/")[2]: t for name, t in seen.items() if name.startswith(f"average{LOOK}/")})
-    note("loaded", resumed.gather())
+    note("loaded", dict(resumed.gather()))
     note("masters-after-load", masters(engine))
     # The same run without an average: looking must not have changed where it went.
     alone = build(bf16, zero)

@@ -19,6 +19,7 @@ from vidcls.model.pretrained import (
     save_model,
 )
 from vidcls.model.tuning import TuningSettings
+from vidcls.model.weights import fingerprint
 from vidcls.options import DEFAULT_PROMPT
 
 
@@ -26,6 +27,7 @@ def tiny_spec(*heads: str) -> ModelSpec:
     """The built-in model; each head has a prompt of its own."""
     return ModelSpec(
         model_name_or_path="tiny",
+        base_weights=fingerprint("tiny"),
         bf16=False,
         flash_attn="auto",
         enable_liger_kernel=False,

@@ -151,7 +151,14 @@ SOUND = {
     "full": Case({"finetuning_type": "full", "vision_tuning": "full", "merger_tuning": "full", "warmup_steps": 3}),
     "lora-vision-full": Case({"vision_tuning": "full", "loraplus_lr_ratio": 8}),
     "freeze": Case({"finetuning_type": "freeze"}),
-    "attention-zeros": Case({"action_decoder_type": "attention", "action_decoder_init": "zeros", "max_grad_norm": 0}),
+    "attention-zeros": Case(
+        {
+            "action_decoder_type": "attention",
+            "action_decoder_init": "zeros",
+            "max_grad_norm": 0,
+            "layerwise_lr_decay": 0.02,  # below the head next to nothing moves, which is not the head's fault
+        }
+    ),
     "mlp-zeros-ema": Case(
         {
             "action_decoder_type": "mlp",

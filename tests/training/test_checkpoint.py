@@ -17,6 +17,7 @@ from vidcls.training.checkpoint import (
     STATE_NAME,
     TENSORS_NAME,
     RunState,
+    check_average,
     find_latest,
     list_checkpoints,
     load_weights,
@@ -208,11 +209,14 @@ def test_a_tensor_of_another_shape_is_named(layer: nn.Linear) -> None:
     assert torch.equal(layer.weight, before)
 
 
-def test_averages_that_are_stored_and_not_wanted_are_refused(layer: nn.Linear) -> None:
-    with pytest.raises(CheckpointError, match=r"written with ema_decay, this run is without"):
-        load_weights(layer, {**stored(), "average/weight": torch.zeros(2, 3)}, averaged=False)
-    with pytest.raises(CheckpointError, match=r"written without ema_decay, this run is with;"):
-        load_weights(layer, stored(), averaged=True)
+@pytest.mark.parametrize("averaged", [False, True])
+def test_averages_that_are_stored_and_not_wanted_are_refused(tmp_path: Path, averaged: bool) -> None:
+    tensors = {**stored(), **({"average/weight": torch.zeros(2, 3)} if averaged else {})}
+    write_state(tmp_path, STATE, tensors)
+    check_average(tmp_path, wanted=averaged)
+    found, wanted = ("with", "without") if averaged else ("without", "with")
+    with pytest.raises(CheckpointError, match=rf"written {found} ema_decay, this run is {wanted};"):
+        check_average(tmp_path, wanted=not averaged)
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ do to a clip as it is. What Pillow and the C library round can differ in the las
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,8 @@ MOST_OPERATIONS = 16
 MOST_MAGNITUDE = 10.0
 HUE_SHARE = 0.25
 """Hue turns by at most this times color_jitter, in full turns: the proportions of SimCLR (Chen et al. 2020)."""
+CROP_RATIO = (3 / 4, 4 / 3)
+"""How far a crop may be stretched when it gets the frame's shape again: width to height, relative to the frame's."""
 ERASED_SHARE = (0.02, 1 / 3)
 """Of a frame's area, as in Zhong et al. 2020 (arXiv 1708.04896), whose box is at most 1 / 0.3 times as long as wide."""
 ERASED_RATIO = (0.3, 1 / 0.3)
@@ -35,16 +37,14 @@ class AugmentSettings:
     """What is done to training clips; everything is off by default. The names are those of the recipe's keys.
 
     horizontal_flip: probability. random_resized_crop: the smallest share of the frame's area that a crop keeps; 1: off.
-    crop_ratio: how far the crop may be stretched when it gets the frame's shape again: width against height, relative
-    to the frame's. color_jitter: brightness, contrast and saturation are multiplied by 1 +- this, hue turns by up to a
-    quarter of it (1 is a full turn). random_erasing: probability of a box of the clip's mean colour. rand_augment:
-    operations per clip, and their magnitude from 0 to 10 (Cubuk et al. 2020, arXiv 1909.13719). mixup_alpha,
-    cutmix_alpha: each of Beta(alpha, alpha), from which the partner's share is drawn; 0: off.
+    color_jitter: brightness, contrast and saturation are multiplied by 1 +- this, hue turns by up to a quarter of it (1
+    is a full turn). random_erasing: probability of a box of the clip's mean colour. rand_augment: operations per clip,
+    and their magnitude from 0 to 10 (Cubuk et al. 2020, arXiv 1909.13719). mixup_alpha, cutmix_alpha: each of
+    Beta(alpha, alpha), from which the partner's share is drawn; 0: off.
     """
 
     horizontal_flip: float = 0.0
     random_resized_crop: float = 1.0
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     color_jitter: float = 0.0
     random_erasing: float = 0.0
     rand_augment: tuple[int, float] | None = None
@@ -60,35 +60,22 @@ class AugmentSettings:
         for name in ("mixup_alpha", "cutmix_alpha"):
             if not _is_number(value := getattr(self, name)) or value < 0:
                 raise ValueError(f"{name}: {value!r}, legal: at least 0")
-        object.__setattr__(self, "crop_ratio", self._pair("crop_ratio"))
-        low, high = self.crop_ratio
-        if not 0 < low <= 1 <= high:
-            raise ValueError(
-                f"crop_ratio: {list(self.crop_ratio)}, legal: one number in (0, 1], then one that is at least 1"
-            )
         if self.rand_augment is not None:
-            object.__setattr__(self, "rand_augment", self._pair("rand_augment"))
-            count, magnitude = self.rand_augment
+            pair = self.rand_augment
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(map(_is_number, pair)):
+                raise ValueError(f"rand_augment: {pair!r}, legal: two numbers, like [2, 9]")
+            object.__setattr__(self, "rand_augment", tuple(pair))
+            count, magnitude = pair
             if type(count) is not int or not 1 <= count <= MOST_OPERATIONS or not 0 <= magnitude <= MOST_MAGNITUDE:
                 raise ValueError(
                     f"rand_augment: {list(self.rand_augment)}, legal: a whole number of operations from 1 to "
                     f"{MOST_OPERATIONS}, then a magnitude from 0 to {MOST_MAGNITUDE:g}"
                 )
 
-    def _pair(self, name: str) -> tuple:
-        value = getattr(self, name)
-        if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(_is_number, value)):
-            raise ValueError(f"{name}: {value!r}, legal: two numbers, like {list(PAIRS_LIKE[name])}")
-        return tuple(value)
-
     @property
     def on(self) -> bool:
         """Whether clips are changed at all."""
-        off = AugmentSettings(crop_ratio=self.crop_ratio)
-        return any(getattr(self, field.name) != getattr(off, field.name) for field in fields(self))
-
-
-PAIRS_LIKE = {"crop_ratio": (0.75, 1.33), "rand_augment": (2, 9)}
+        return self != AugmentSettings()
 
 
 def _is_number(value: object) -> bool:
@@ -109,7 +96,7 @@ def augment_clip(
     flipped = uniforms[FLIP] < settings.horizontal_flip
     if settings.random_resized_crop < 1:
         shares = settings.random_resized_crop, 1.0
-        rows, columns = _box(frames.shape[1:3], shares, settings.crop_ratio, uniforms[CROP : CROP + 4])
+        rows, columns = _box(frames.shape[1:3], shares, CROP_RATIO, uniforms[CROP : CROP + 4])
         frames = frames[:, rows, columns]
     if flipped:
         frames = frames[:, :, ::-1]
@@ -134,8 +121,9 @@ def augment_clip(
 class Mix:
     """How a second clip is mixed into a clip.
 
-    partner: its sample. share: of the target, the partner's. middle: (row, column) of a cutmix box as parts of the
-    frame's sides; the box has the share's area, before its parts outside of the frame are cut off.
+    partner: its place among the clips to choose from. share: of the target, the partner's. middle: (row, column) of a
+    cutmix box as parts of the frame's sides; the box has the share's area, before its parts outside of the frame are
+    cut off.
     """
 
     partner: int
@@ -144,13 +132,16 @@ class Mix:
     middle: tuple[float, float]
 
 
-def mix_plan(settings: AugmentSettings, seed: int, epoch: int, sample: int, samples: int) -> Mix | None:
-    """With which of the other clips, 0 to samples - 1, a clip is mixed, and how: a pure function of its arguments.
+def mix_plan(settings: AugmentSettings, seed: int, epoch: int, sample: int, place: int, samples: int) -> Mix | None:
+    """With which other one of some clips, 0 to samples - 1, a clip is mixed, and how: a pure function of its arguments.
+
+    The clip stands at `place` among them. Its random words are those of `sample`, its id, since clips of several such
+    groups have equal places.
 
     Mixup: Zhang et al. 2018 (arXiv 1710.09412); cutmix: Yun et al. 2019 (1905.04899); with both alphas, each in half of
     the clips. None where both are 0 or there is no other clip. All clips must have the same classes.
     """
-    assert 0 <= sample < samples, (sample, samples)
+    assert 0 <= place < samples, (place, samples)
     alphas: dict[Literal["mixup", "cutmix"], float] = {"mixup": settings.mixup_alpha, "cutmix": settings.cutmix_alpha}
     kinds = [kind for kind, alpha in alphas.items() if alpha > 0]
     if not kinds or samples == 1:
@@ -159,7 +150,7 @@ def mix_plan(settings: AugmentSettings, seed: int, epoch: int, sample: int, samp
     which, first, second, row, column, _ = _uniforms(words)
     kind = kinds[int(which * len(kinds))]
     partner = int(words[5]) % (samples - 1)
-    return Mix(partner + (partner >= sample), kind, symmetric_beta(alphas[kind], first, second), (row, column))
+    return Mix(partner + (partner >= place), kind, symmetric_beta(alphas[kind], first, second), (row, column))
 
 
 def mix_clips(frames: np.ndarray, partner: np.ndarray, mix: Mix) -> tuple[np.ndarray, float]:

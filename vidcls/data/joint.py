@@ -88,13 +88,23 @@ class Drawn:
     sample: int
 
 
+@dataclass(frozen=True)
+class _Cycle:
+    """sources: the data set of each position. earlier: how many of that data set came before. places: for each data set
+    its positions, rising."""
+
+    sources: np.ndarray
+    earlier: np.ndarray
+    places: list[np.ndarray]
+
+
 @dataclass(frozen=True, eq=False)
 class JointOrder:
     """The infinite stream of clips of one or more data sets."""
 
     parts: tuple[Part, ...]
     seed: int
-    _cycles: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
+    _cycles: dict[int, _Cycle] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def single(cls, samples: int, seed: int, window: ShardWindow | None = None) -> JointOrder:
@@ -119,8 +129,9 @@ class JointOrder:
         reached = [position]
         if len(self.parts) > 1:
             cycle, within = divmod(position, len(self))
-            counts = np.bincount(self._cycle(cycle)[0][:within], minlength=len(self.parts))
-            reached = [cycle * part.quota + int(count) for part, count in zip(self.parts, counts, strict=True)]
+            places = self._cycle(cycle).places
+            counts = [int(np.searchsorted(each, within)) for each in places]
+            reached = [cycle * part.quota + count for part, count in zip(self.parts, counts, strict=True)]
         return tuple(
             (source, shard)
             for source, part in enumerate(self.parts)
@@ -132,12 +143,11 @@ class JointOrder:
         if len(self.parts) == 1:
             return 0, position
         cycle, within = divmod(position, len(self))
-        sources, earlier = self._cycle(cycle)
-        source = int(sources[within])
-        return source, cycle * self.parts[source].quota + int(earlier[within])
+        now = self._cycle(cycle)
+        source = int(now.sources[within])
+        return source, cycle * self.parts[source].quota + int(now.earlier[within])
 
-    def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each position of a cycle: its data set, and how many of that data set came before it in the cycle."""
+    def _cycle(self, cycle: int) -> _Cycle:
         if cycle not in self._cycles:
             for old in sorted(self._cycles)[:-1]:  # a batch can straddle two cycles; more are never in use
                 del self._cycles[old]
@@ -145,7 +155,8 @@ class JointOrder:
             words = random_words(self.seed, cycle, len(sources), purpose=JOINT_ORDER)
             sources = sources[np.argsort(words, kind="stable")]
             earlier = np.empty(len(sources), dtype=np.int64)
-            for source, part in enumerate(self.parts):
-                earlier[sources == source] = np.arange(part.quota)
-            self._cycles[cycle] = sources, earlier
+            places = [np.flatnonzero(sources == source) for source in range(len(self.parts))]
+            for each in places:
+                earlier[each] = np.arange(len(each))
+            self._cycles[cycle] = _Cycle(sources, earlier, places)
         return self._cycles[cycle]

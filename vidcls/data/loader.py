@@ -21,7 +21,7 @@ from vidcls.data.codecs import FrameError, decode_frames
 from vidcls.data.frames import dense, dense_view, jittered, view
 from vidcls.data.index import ShardError, ShardIndex
 from vidcls.data.joint import JointOrder, source_seed
-from vidcls.data.mirror import swap_sides
+from vidcls.data.mirror import swap_sides, swaps_classes
 from vidcls.data.order import StepLayout, evaluation_chunks
 from vidcls.data.shards import ShardReader
 
@@ -69,6 +69,10 @@ class ClipSource:
     def mixes(self) -> bool:
         return self.augment is not None and (self.augment.mixup_alpha > 0 or self.augment.cutmix_alpha > 0)
 
+    def swaps_texts(self) -> bool:
+        """Whether texts of a flipped clip say the opposite side; not where no class does."""
+        return swaps_classes(self.mirror)
+
 
 @dataclass(frozen=True)
 class FrameChoice:
@@ -103,9 +107,10 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was read of a clip. swapped: it was mirrored, and left and right mean the opposite."""
+    """What was read of a clip. name: its class. swapped: it was mirrored, and left and right mean the opposite."""
 
     label: int
+    name: str
     seconds_per_grid: float
     answer: str
     swapped: bool
@@ -115,8 +120,9 @@ class ClipBatches:
     """Reads a Request into a Batch, in this process (read_batches has worker processes do it).
 
     seed: of frames and augmentation in training. jitter: training chooses frames at random; otherwise as evaluation
-    does. skip_bad: a clip that cannot be read becomes a black one of weight 0 that Batch.bad names; otherwise it
-    raises ShardError or FrameError. answers: put each clip's answer behind <ACTION>: its own, or its class name.
+    does. skip_bad: a clip that cannot be read becomes a black one of weight 0 that Batch.bad names with its data set,
+    as "1/key", and is mixed into no other; otherwise it raises ShardError or FrameError. answers: put each clip's
+    answer behind <ACTION>: its own, or its class name, also where its own is too long for the encoder.
     """
 
     def __init__(
@@ -141,6 +147,7 @@ class ClipBatches:
         # Few texts differ: clips of one size and frame rate share theirs. They are never written to.
         self._encode = lru_cache(maxsize=TEXTS_KEPT)(encoder.encode)
         self._announced: tuple[tuple[int, int], ...] = ()
+        self._by_shard: dict[int, list[np.ndarray]] = {}
 
     def shapes(self) -> set[ClipShape]:
         """Every different shape that clips of these data sets have."""
@@ -164,7 +171,9 @@ class ClipBatches:
             self._clip(row, frames[end - row.shape.bytes : end].reshape(row.shape.shape))
             for row, end in zip(rows, ends, strict=True)
         ]
-        return collate(clips, request.weight, frames)
+        # Two data sets may have equal keys.
+        bad = tuple((f"{clip.source}/{clip.key}", clip.bad) for clip in clips if clip.bad)
+        return replace(collate(clips, request.weight, frames), bad=bad)
 
     def _rows(self, request: Request) -> list[_Row]:
         rows = []
@@ -184,47 +193,59 @@ class ClipBatches:
         about = {"key": key, "frames": out, "grid": row.shape.grid, "head": source.head, "source": row.source}
         try:
             own = self._read_frames(row, out)
-            partner, share = self._mix(row, out)
         except (ShardError, FrameError) as error:
             if not self.skip_bad:
                 raise
             out[:] = 0
-            text = self._text(key, prompt, row.shape, 0.0, "" if self.answers else None)
+            text = self._text(key, prompt, row.shape, 0.0, [""] if self.answers else [None])
             return PreparedClip(**about, label=0, text=text, bad=str(error))
+        partner, share = self._mix(row, out)
         # What is said is one action: of a mixed clip the larger part.
-        answer = (own if partner is None or share <= 0.5 else partner).answer
+        said = own if partner is None or share <= 0.5 else partner
         if own.swapped:
             prompt = swap_sides(prompt)
-        text = self._text(key, prompt, row.shape, own.seconds_per_grid, answer if self.answers else None)
+        answers = [said.answer, said.name] if self.answers else [None]
+        text = self._text(key, prompt, row.shape, own.seconds_per_grid, answers)
         second = 0 if partner is None else partner.label
         return PreparedClip(**about, label=own.label, text=text, partner=second, share=share)
 
     def _mix(self, row: _Row, out: np.ndarray) -> tuple[_Seen | None, float]:
-        """Mix another clip of the data set into `out`: that clip, and its share of the target."""
+        """Mix another clip of the data set into `out`: that clip, and its share of the target.
+
+        With skip_bad one that cannot be read is not mixed in: it is reported in its own turn.
+        """
         source = self.sources[row.source]
         if row.epoch is None or not source.mixes():
             return None, 0.0
         assert source.augment is not None
-        assert source.ids is not None
-        ids = source.ids
-        if source.shards_apart:
-            shard = source.index.shard
-            ids = ids[shard[ids] == shard[row.sample]]
+        ids = self._partners(row)
         place = int(np.searchsorted(ids, row.sample))
-        mix = mix_plan(source.augment, self.seeds[row.source], row.epoch, place, len(ids))
+        mix = mix_plan(source.augment, self.seeds[row.source], row.epoch, row.sample, place, len(ids))
         if mix is None:
             return None, 0.0
-        other = replace(row, sample=int(ids[mix.partner]))
         frames = np.empty_like(out[: row.shape.used])
-        seen = self._read_frames(replace(other, shape=self._fitted(other, row.shape)), frames)
+        shape = replace(row.shape, shape=frames.shape)
+        try:
+            seen = self._read_frames(replace(row, sample=int(ids[mix.partner]), shape=shape), frames)
+        except (ShardError, FrameError):
+            if not self.skip_bad:
+                raise
+            return None, 0.0
         _, share = mix_clips(out[: row.shape.used], frames, mix)
         out[row.shape.used :] = out[row.shape.used - 1]
         return seen, share
 
-    def _fitted(self, row: _Row, shape: ClipShape) -> ClipShape:
-        """The shape of a clip that is to lie over another one of `shape`."""
-        height, width = shape.shape[1:3]
-        return ClipShape(shape.used, (shape.used, height, width, 3), shape.grid)
+    def _partners(self, row: _Row) -> np.ndarray:
+        """The samples that a clip may be mixed with, and its own, rising."""
+        source = self.sources[row.source]
+        assert source.ids is not None
+        if not source.shards_apart:
+            return source.ids
+        if row.source not in self._by_shard:
+            shard = source.index.shard[source.ids]
+            ends = np.cumsum(np.bincount(shard, minlength=len(source.index.shards)))
+            self._by_shard[row.source] = np.split(source.ids[np.argsort(shard, kind="stable")], ends[:-1])
+        return self._by_shard[row.source][source.index.shard[row.sample]]
 
     def _read_frames(self, row: _Row, out: np.ndarray) -> _Seen:
         """Decode, augment and resize the chosen frames into `out`."""
@@ -244,7 +265,7 @@ class ClipBatches:
             shard = index.shards[index.shard[row.sample]].name
             raise FrameError(f"{index.folder.name}/{shard}: {index.keys[row.sample]}: {error}") from error
         flipped = False
-        label = int(index.label[row.sample])
+        own_label = label = int(index.label[row.sample])
         if augment is not None:
             assert row.epoch is not None
             one_sided = source.mirror is not None and source.mirror[label] < 0
@@ -252,16 +273,17 @@ class ClipBatches:
             frames, flipped = augment_clip(frames, settings, self.seeds[row.source], row.epoch, row.sample)
         row.shape.fill(out, frames)
         times = [stored.about.frame_times[i] for i in chosen]
-        swapped = flipped and source.mirror is not None
-        if swapped:
-            assert source.mirror is not None
+        if flipped and source.mirror is not None:
             label = int(source.mirror[label])
-        answer = stored.about.answer
-        if answer is None:
-            answer = index.labels.names[label]
-        elif swapped:
+        swapped = flipped and source.swaps_texts()
+        names = index.labels.names
+        answer = names[label] if stored.about.answer is None else stored.about.answer
+        if swapped and stored.about.answer is not None:
             answer = swap_sides(answer)
-        return _Seen(label, seconds_per_grid(times, self.encoder), answer, swapped)
+            # Explicit pairs need not say left and right: the old answer would contradict the new label.
+            if label != own_label and stored.about.answer in (answer, names[own_label]):
+                answer = names[label]
+        return _Seen(label, names[label], seconds_per_grid(times, self.encoder), answer, swapped)
 
     def _chosen(self, row: _Row) -> list[int]:
         """As many stored frames as the shape asks for; of a clip that has fewer, the last one again."""
@@ -275,11 +297,16 @@ class ClipBatches:
             return [chosen[i] for i in view(len(chosen), used)]
         return chosen + chosen[-1:] * (used - len(chosen))
 
-    def _text(self, key: str, prompt: str, shape: ClipShape, seconds: float, answer: str | None) -> EncodedText:
-        try:
-            return self._encode(prompt, shape.grid, seconds, answer)
-        except ValueError as error:
-            raise type(error)(f"clip {key!r}: {error}") from None
+    def _text(
+        self, key: str, prompt: str, shape: ClipShape, seconds: float, answers: Sequence[str | None]
+    ) -> EncodedText:
+        """With the first of the answers that is not too long."""
+        for answer in answers:
+            try:
+                return self._encode(prompt, shape.grid, seconds, answer)
+            except ValueError as error:
+                failed = error
+        raise type(failed)(f"clip {key!r}: {failed}") from None
 
     def _announce(self, ahead: tuple[tuple[int, int], ...]) -> None:
         """Have shards fetched that will be needed."""
@@ -316,12 +343,19 @@ def evaluation_requests(
 ) -> list[Request]:
     """This rank's batches of one evaluation of every clip (or those of `ids`), the same number on every rank."""
     samples = np.arange(len(index)) if ids is None else ids
+    shard = index.shard[samples]
+    changes = np.flatnonzero(np.diff(shard)) + 1
+    chunks = evaluation_chunks(len(samples), micro, world_size, rank)
     requests = []
-    for chunk in evaluation_chunks(len(samples), micro, world_size, rank):
+    for number, chunk in enumerate(chunks):
         if chunk is None:
             requests.append(Request((int(samples[0]),), weight=0.0))
-        else:
-            shard = int(index.shard[samples[chunk.start]])
-            ahead = tuple((0, number) for number in range(shard, min(shard + 2, len(index.shards))))
-            requests.append(Request(tuple(samples[chunk.start : chunk.stop].tolist()), ahead=ahead))
+            continue
+        both = [each for each in chunks[number : number + 2] if each is not None]
+        needed = dict.fromkeys(used for each in both for used in shard[each.start : each.stop].tolist())
+        if len(needed) == 1:  # many batches a shard: the next one comes while they are evaluated
+            later = changes[np.searchsorted(changes, chunk.stop) :][:1]
+            needed |= dict.fromkeys(shard[later].tolist())
+        ahead = tuple((0, each) for each in needed)
+        requests.append(Request(tuple(samples[chunk.start : chunk.stop].tolist()), ahead=ahead))
     return requests

@@ -8,6 +8,7 @@ is left" has no mirror class, and is not flipped unless explicit pairs replace t
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -42,21 +43,32 @@ def mirror_of(labels: LabelSpace) -> np.ndarray:
     return np.where((mirror == ONE_SIDED) | (mirror[mirror] == np.arange(len(labels))), mirror, ONE_SIDED)
 
 
-def one_sided(labels: LabelSpace) -> list[int]:
-    """Classes that name a side and have no mirror class: a flip would make their labels wrong."""
-    return np.flatnonzero(mirror_of(labels) == ONE_SIDED).tolist()
+def mirror_for(pairs: Literal["auto"] | Sequence[Sequence[str]], flip: float, labels: LabelSpace) -> np.ndarray | None:
+    """What the recipe's `mirror_pairs` and `horizontal_flip` say: the label of each class when flipped, ONE_SIDED where
+    flipping is wrong. None: no clip is flipped, or any may be and keeps its label. LabelSpaceError names a wrong pair.
+    """
+    if not flip:
+        return None
+    mirror = mirror_of(labels) if pairs == "auto" else mirror_pairs(pairs, labels)
+    return None if np.array_equal(mirror, np.arange(len(labels))) else mirror
 
 
-def mirror_pairs(pairs: Sequence[Sequence[str | int]], labels: LabelSpace) -> np.ndarray:
-    """int64 [classes]: mirror labels from pairs of names or labels alone; a class of no pair is its own mirror.
+def swaps_classes(mirror: np.ndarray | None) -> bool:
+    """Whether a flip changes any label; if not, "right" in a data set's texts may well mean "correct"."""
+    return mirror is not None and bool(np.any((mirror != ONE_SIDED) & (mirror != np.arange(len(mirror)))))
 
-    Names are not looked at: without pairs, any clip may be flipped and keeps its label. LabelSpaceError names the pair.
+
+def mirror_pairs(pairs: Sequence[Sequence[str]], labels: LabelSpace) -> np.ndarray:
+    """int64 [classes]: mirror labels from pairs of class names alone; a class of no pair is its own mirror.
+
+    What names say is not looked at: without pairs, any clip may be flipped and keeps its label. LabelSpaceError names
+    the pair.
     """
     mirror = np.arange(len(labels))
     of_pair: dict[int, int] = {}
     for number, pair in enumerate(pairs):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise LabelSpaceError(f"mirror_pairs[{number}]: {pair!r}, legal: two classes, each a name or a label")
+            raise LabelSpaceError(f"mirror_pairs[{number}]: {pair!r}, legal: the names of two classes")
         first, second = (_label(each, labels, number) for each in pair)
         for label in {first, second}:
             if of_pair.setdefault(label, number) != number:
@@ -83,11 +95,9 @@ def _cased(word: str, like: str) -> str:
     return word.capitalize() if like[0].isupper() else word
 
 
-def _label(given: str | int, labels: LabelSpace, number: int) -> int:
-    if type(given) is int and 0 <= given < len(labels):
-        return given
-    if isinstance(given, str) and given in labels.names:
+def _label(given: str, labels: LabelSpace, number: int) -> int:
+    if given in labels.names:
         return labels.index(given)
     close = difflib.get_close_matches(str(given), labels.names, n=3)
-    hint = f"close names: {', '.join(map(repr, close))}" if close else f"legal: a class name, or 0 to {len(labels) - 1}"
+    hint = f"close names: {', '.join(map(repr, close))}" if close else f"legal: the {len(labels)} class names"
     raise LabelSpaceError(f"mirror_pairs[{number}]: there is no class {given!r}; {hint}")

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vidcls import distributed
 from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, ClipSource
+from vidcls.data.order import evaluation_chunks
 from vidcls.evaluation.evaluate import evaluate, write_results
 from vidcls.evaluation.heads import frame_choice, head_for_labels, read_heads
 from vidcls.evaluation.metrics import Metrics
@@ -52,8 +53,9 @@ def evaluate_checkpoint(
         print(f"warning: {data} was made with {made}, the training shards with {trained_on}")
     clips = ClipBatches([ClipSource(index, chosen.prompt, chosen.number)], encoder, frame_choice(spec))
     with _progress() as progress:
-        # The main rank's share stands for all: batches are dealt out evenly.
-        task = progress.add_task("evaluating", total=-(-len(index) // distributed.world_size()))
+        # The main rank's share stands for all.
+        mine = evaluation_chunks(len(index), micro, distributed.world_size(), distributed.rank())
+        task = progress.add_task("evaluating", total=sum(len(chunk) for chunk in mine if chunk is not None))
         metrics, predictions = evaluate(
             model, clips, micro=micro, workers=workers, done=lambda count: progress.advance(task, count)
         )

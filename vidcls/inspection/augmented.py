@@ -18,7 +18,7 @@ from vidcls.data.frames import view
 from vidcls.data.index import ShardIndex
 from vidcls.data.joint import select, source_seed
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request
-from vidcls.data.mirror import mirror_of, mirror_pairs
+from vidcls.data.mirror import ONE_SIDED, mirror_for
 from vidcls.data.places import LocalFolder
 from vidcls.geometry import FACTOR, smart_resize
 from vidcls.options import AugmentOptions
@@ -51,8 +51,7 @@ def draw_augmented(out: Path, place: Path | str, config: Config) -> int:
     number, augment = _data_set(config, place)
     seed = source_seed(config.run.seed, number)
     ids, _ = select(len(index), seed, most=config.data.max_samples, val_size=config.data.val_size)
-    pairs = augment.mirror_pairs
-    mirror = mirror_of(index.labels) if pairs == "auto" else mirror_pairs(pairs, index.labels)
+    mirror = mirror_for(augment.mirror_pairs, augment.horizontal_flip, index.labels)
     settings = AugmentSettings(**augment.model_dump(exclude={"mirror_pairs"}))
     data = config.data
     apart = data.shuffle_shards is not None or not isinstance(index.folder, LocalFolder)
@@ -64,20 +63,27 @@ def draw_augmented(out: Path, place: Path | str, config: Config) -> int:
         seed=seed,
         jitter=data.temporal_jitter,
     )
-    chosen = choose(index.label[ids], mirror, flips=settings.horizontal_flip > 0)
-    _paint([_strips(clips, int(ids[place])) for place in chosen]).save(out, format="PNG")
+    chosen = choose(index.label[ids], mirror)
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        _paint([_strips(clips, int(ids[place])) for place in chosen]).save(temporary, format="PNG")
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
     return len(chosen)
 
 
-def choose(label: np.ndarray, mirror: np.ndarray, *, flips: bool) -> list[int]:
+def choose(label: np.ndarray, mirror: np.ndarray | None) -> list[int]:
     """Places in `label` of up to CLIPS clips of different classes, evenly spread over the classes.
 
-    With flips, classes that become another one come first, then those that must not be flipped.
+    With a mirror, classes that become another one come first, then those that must not be flipped.
     """
     classes = np.unique(label)
-    first = classes[(mirror[classes] != classes) & (mirror[classes] >= 0)] if flips else classes[:0]
-    paired = list(dict.fromkeys(each for one in first.tolist() for each in (one, int(mirror[one])) if each in classes))
-    one_sided = classes[mirror[classes] < 0].tolist() if flips else []
+    becomes = classes if mirror is None else mirror[classes]
+    changed = [*zip(classes.tolist(), becomes.tolist(), strict=True)]
+    paired = list(dict.fromkeys(each for one, other in changed if 0 <= other != one for each in (one, other)))
+    paired = [each for each in paired if each in classes]
+    one_sided = [one for one, other in changed if other == ONE_SIDED]
     special = (paired + one_sided)[: CLIPS - 1]
     others = np.setdiff1d(classes, special)
     spread = others[view(len(others), min(CLIPS - len(special), len(others)))].tolist() if len(others) else []

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from vidcls.model.attentive_classifier import AttentiveClassifier
+from vidcls.model.stored import differing_shapes, read_tensors
 
 WEIGHTS_NAME = "action_decoder.safetensors"
 CONFIG_NAME = "action_decoder_config.json"
@@ -145,7 +146,8 @@ class ActionDecoder(nn.Module):
     def load_pretrained(cls, folder: str | Path) -> ActionDecoder:
         """The decoder saved in `folder`, in the dtype it was saved in.
 
-        Raises ValueError naming the file, and the key and shapes where they differ from the config.
+        Raises ValueError naming a file that is missing or damaged, and the key and shapes where they differ from the
+        config.
         """
         config_path, weights_path = Path(folder) / CONFIG_NAME, Path(folder) / WEIGHTS_NAME
         for path in (config_path, weights_path):
@@ -155,7 +157,7 @@ class ActionDecoder(nn.Module):
             head = cls(**json.loads(config_path.read_text(encoding="utf-8")), seed=0)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{config_path} is not an action decoder's config: {error}") from error
-        tensors = load_file(weights_path)
+        tensors = read_tensors(weights_path)
         _check_tensors(head, tensors, str(weights_path))
         head.load_state_dict(tensors, assign=True)
         return head.requires_grad_(True)
@@ -163,14 +165,9 @@ class ActionDecoder(nn.Module):
 
 def _check_tensors(head: ActionDecoder, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Raise ValueError unless `tensors` are what a head of this config holds."""
-    expected = _shapes(head)
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key) != found.get(key):
-            raise ValueError(
-                f"{source}: {key} has shape {found.get(key, 'missing')}; "
-                f"the config asks for {expected.get(key, 'no such tensor')}"
-            )
+    if differing := differing_shapes(found, _shapes(head)):
+        raise ValueError(f"{source}: {differing}")
 
 
 def _shapes(head: ActionDecoder) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,7 @@ class LanguageHead(nn.Module):
     """Mean negative log-likelihood of each row's answer tokens.
 
     `weight` is the vocabulary matrix [V, D]: the very Parameter of the embedding table where the two are tied, so
-    that ZeRO-3 gathers it around this module too. It may be frozen or trained.
+    that ZeRO-3 gathers it around this module too. It must be frozen: it gets no gradient.
     """
 
     def __init__(self, weight: nn.Parameter, chunk: int | None = None) -> None:
@@ -29,6 +29,8 @@ class LanguageHead(nn.Module):
         super().__init__()
         if not isinstance(weight, nn.Parameter):
             raise ValueError(f"weight is a {type(weight).__name__}; it must be the vocabulary's nn.Parameter itself")
+        if weight.requires_grad:
+            raise ValueError("weight requires grad; the vocabulary must be frozen, as the loss gives it no gradient")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk is {chunk}; it must be at least 1")
         self.weight = weight
@@ -54,45 +56,29 @@ class LanguageHead(nn.Module):
 class _TokenLosses(torch.autograd.Function):
     """Cross-entropy of each token against its label, in chunks.
 
-    A frozen weight is needed in forward only: the hidden states' gradient is computed there and scaled in backward.
-    A trained one is needed in backward too, as its own gradient mixes the tokens, each scaled by what arrives; the
-    logits are computed again. Under ZeRO-3 backward finds the Parameter gathered, as a linear layer does.
+    The weight is frozen and so needed in forward only: the hidden states' gradient is computed there and scaled in
+    backward.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor, chunk: int
     ) -> torch.Tensor:
-        ctx.chunk = chunk
-        ctx.trains_weight = weight_VD.requires_grad
         losses_T = hidden_TD.new_empty(len(labels_T), dtype=_exact(weight_VD.dtype))
-        gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] and not ctx.trains_weight else None
+        gradient_TD = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         for part in _chunks(len(labels_T), chunk):
             losses_T[part], errors_TV = _losses_and_errors(hidden_TD[part], weight_VD, labels_T[part])
             if gradient_TD is not None:
                 gradient_TD[part] = errors_TV.to(weight_VD.dtype) @ weight_VD
             del errors_TV  # or it would stay while the next chunk's is made
-        if ctx.trains_weight:
-            ctx.save_for_backward(hidden_TD, weight_VD, labels_T)
-        else:
-            ctx.save_for_backward(gradient_TD)
+        ctx.save_for_backward(gradient_TD)
         return losses_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream_T: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        if not ctx.trains_weight:
-            (gradient_TD,) = ctx.saved_tensors
-            return (gradient_TD * upstream_T[:, None]).to(gradient_TD.dtype), None, None, None
-        hidden_TD, weight_VD, labels_T = ctx.saved_tensors
-        gradient_TD, gradient_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD)
-        for part in _chunks(len(labels_T), ctx.chunk):
-            _, errors_TV = _losses_and_errors(hidden_TD[part], weight_VD, labels_T[part])
-            errors_TV = errors_TV.mul_(upstream_T[part, None]).to(weight_VD.dtype)
-            gradient_TD[part] = errors_TV @ weight_VD
-            gradient_VD.addmm_(errors_TV.T, hidden_TD[part])
-            del errors_TV
-        return gradient_TD, gradient_VD, None, None
+    def backward(ctx: Any, upstream_T: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient_TD,) = ctx.saved_tensors
+        return (gradient_TD * upstream_T[:, None]).to(gradient_TD.dtype), None, None, None
 
 
 def _losses_and_errors(

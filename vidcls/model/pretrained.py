@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from vidcls.manifest import MANIFEST_NAME, verify
@@ -25,9 +25,19 @@ from vidcls.model.kernels import apply_liger, compile_layers, resolve_attention,
 from vidcls.model.language_head import LanguageHead
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder
+from vidcls.model.stored import differing_shapes, read_shapes, read_tensors
 from vidcls.model.tokens import action_token_init, load_tokenizer
-from vidcls.model.tuning import TuningSettings, load_adapter, load_tuned, save_adapter, save_tuned, tune
-from vidcls.model.weights import Partition, load_backbone, load_config, load_language_head
+from vidcls.model.tuning import (
+    TUNED_WEIGHTS_NAME,
+    TuningSettings,
+    check_adapter_fits,
+    load_adapter,
+    load_tuned,
+    save_adapter,
+    save_tuned,
+    tune,
+)
+from vidcls.model.weights import Partition, empty_backbone, fingerprint, load_backbone, load_config, load_language_head
 
 SPEC_NAME = "vidcls_model.json"
 ACTION_TOKEN_NAME = "action_token.safetensors"
@@ -41,10 +51,12 @@ TRAINING_PREFIX = "training_state"  # of files that inference does not read
 class ModelSpec:
     """What is needed, beside weights, to build the classifier and its inputs again.
 
-    prompts: by head, in the order of the heads; for clips that come with none of their own.
+    base_weights: the base model's fingerprint (weights.fingerprint), wherever its folder is by now. prompts: by head,
+    in the order of the heads; for clips that come with none of their own.
     """
 
     model_name_or_path: str
+    base_weights: str
     bf16: bool
     flash_attn: str
     enable_liger_kernel: bool
@@ -72,7 +84,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class TrainingExtras:
-    """What only training asks of a model. answers: give it the vocabulary matrix for a loss on answers."""
+    """What only training asks of a model.
+
+    answers: give it the vocabulary matrix for a loss on answers. adapter: a folder to start the adapters from, and
+    <ACTION> too where it holds one, as a checkpoint does: an adapter was trained together with it.
+    """
 
     gradient_checkpointing: bool = False
     torch_compile: bool = False
@@ -110,16 +126,25 @@ def build_model(
     extras: TrainingExtras | None = None,
     partition: Partition | None = None,
 ) -> ActionClassifier:
-    """A classifier ready to train: adapters and <ACTION> initialised from `seed`, all else frozen.
+    """A classifier ready to train: adapters initialised from `seed`, <ACTION> from words, or both from
+    `extras.adapter`; all else frozen.
 
     Args:
         heads: by name, as in `spec.prompts`.
         partition: the context that modules are built in under ZeRO-3 (weights.load_backbone); all ranks call it then.
+
+    Raises:
+        ValueError: the base model, or `extras.adapter` (see `check_adapter`), does not fit; names the file.
     """
     extras = extras or TrainingExtras()
     attention, _ = resolve_attention(spec.flash_attn)
     base = spec.model_name_or_path
-    token = ActionToken(action_token_init(base, encoder.tokenizer, spec.dtype))
+    initial_D = action_token_init(base, encoder.tokenizer, spec.dtype)
+    if extras.adapter is not None:
+        check_adapter(extras.adapter, spec)
+        if (token_path := extras.adapter / ACTION_TOKEN_NAME).is_file():
+            initial_D = read_tensors(token_path)["weight"].to(spec.dtype)
+    token = ActionToken(initial_D)
     backbone = load_backbone(base, dtype=spec.dtype, attn_implementation=attention, partition=partition)
     language_head = None
     if extras.answers:
@@ -150,6 +175,27 @@ def build_model(
     if extras.torch_compile:
         compile_layers(model.inner)
     return model
+
+
+def check_adapter(folder: Path, spec: ModelSpec) -> None:
+    """Raise ValueError unless `build_model` can start from the adapter in `folder`. Reads headers only, no weights.
+
+    Beside what `tuning.check_adapter_fits` looks at, a checkpoint with whole trained weights of the backbone is
+    refused, as its adapter means nothing without them; and an <ACTION> beside the adapter must have the model's width.
+    The settings must have LoRA somewhere.
+    """
+    if (tuned := folder / TUNED_WEIGHTS_NAME).exists():
+        raise ValueError(
+            f"adapter_name_or_path: {tuned} holds trained weights of the backbone, without which the adapter beside "
+            f"them does not work; write a base model with them in place and set model_name_or_path to it, and "
+            f"adapter_name_or_path to a folder without {TUNED_WEIGHTS_NAME}"
+        )
+    empty = empty_backbone(spec.model_name_or_path, dtype=torch.float32)  # on the meta device DoRA's are always that
+    with torch.device("meta"):
+        model: Any = tune(empty, spec.tuning, seed=0)
+    check_adapter_fits(model, folder)
+    if (token_path := folder / ACTION_TOKEN_NAME).exists():
+        _check_action_token(token_path, read_shapes(token_path), empty.config.get_text_config().hidden_size)
 
 
 def save_model(
@@ -194,6 +240,9 @@ def load_model(
     spec = read_spec(folder)
     if model_name_or_path is not None:
         spec = replace(spec, model_name_or_path=model_name_or_path)
+    load_config(spec.model_name_or_path)  # says what is wrong with the folder, if it is none
+    if fingerprint(spec.model_name_or_path) != spec.base_weights:
+        raise ValueError(f"{spec.model_name_or_path} holds other weights than the base model of {folder}")
     encoder = build_encoder(spec, trust_remote_code=trust_remote_code)
     heads = {name: ActionDecoder.load_pretrained(head_folder(folder, name)) for name in spec.prompts}
     model = build_model(spec, encoder, heads, seed=0)
@@ -209,7 +258,10 @@ def load_backbone_tuning(model: ActionClassifier, folder: Path) -> None:
     token_path = folder / ACTION_TOKEN_NAME
     if not token_path.is_file():
         raise ValueError(f"{token_path} does not exist; {folder} is not a whole checkpoint")
-    model.action_token.load_state_dict(load_file(token_path))
+    tensors = read_tensors(token_path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _check_action_token(token_path, shapes, model.action_token.weight.numel())
+    model.action_token.load_state_dict(tensors)
 
 
 def head_folder(folder: Path, name: str) -> Path:
@@ -230,6 +282,11 @@ def read_spec(folder: Path) -> ModelSpec:
         raise ValueError(f"{folder} is not a checkpoint: it has no {SPEC_NAME}") from None
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or of another version: {error}") from None
+
+
+def _check_action_token(path: Path, found: Mapping[str, tuple[int, ...]], width: int) -> None:
+    if differing := differing_shapes(found, {"weight": (width,)}):
+        raise ValueError(f"{path}: {differing}")
 
 
 def _below(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -96,6 +97,38 @@ class StoredTensors:
                     file.seek(max(0, (size - SAMPLE_BYTES) * sample // (SAMPLES - 1)))
                     digest.update(file.read(SAMPLE_BYTES))
         return digest.hexdigest()
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Everything in one file, in memory of its own. Raises ValueError naming a file that is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of one file's tensors, from its header alone. Raises ValueError as `read_tensors`."""
+    try:
+        with _opened(path) as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def differing_shapes(found: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]]) -> str | None:
+    """How stored tensors, by name, differ from a model's; None where they do not. To stand behind the file's name."""
+    differing = sorted(name for name in found.keys() | needed.keys() if found.get(name) != needed.get(name))
+    if not differing:
+        return None
+    name = differing[0]
+    number = "1 tensor differs" if len(differing) == 1 else f"{len(differing)} tensors differ"
+    stored, wanted = (shapes.get(name, "not at all") for shapes in (found, needed))
+    return f"{number} from this model, the first is {name}: stored {stored}, needed {wanted}"
 
 
 def _opened(path: Path) -> Any:

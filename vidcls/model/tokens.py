@@ -27,8 +27,8 @@ def load_tokenizer(
     already has the token keeps its id. `trust_remote_code` lets a tokenizer class of the folder's own run.
 
     Raises:
-        ValueError: there is no row left, the token is one of the prompt's layout, or the tokenizer needs code of the
-            folder that is not to be trusted.
+        ValueError: there is no row left, the token is one of the prompt's layout or an ordinary word of the
+            vocabulary, or the tokenizer needs code of the folder that is not to be trusted.
     """
     if action_token in SPECIAL_TOKENS:
         raise ValueError(f"action_token: {action_token!r} has another meaning in prompts; take one of your own")
@@ -45,6 +45,12 @@ def load_tokenizer(
             )
         tokenizer = AutoTokenizer.from_pretrained(
             name_or_path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    if action_token in tokenizer.get_vocab() and action_token not in tokenizer.get_added_vocab():
+        # It would take the word's row, and be meant wherever a text has that word.
+        raise ValueError(
+            f"action_token: {action_token!r} is an ordinary word of the vocabulary of {name_or_path}; "
+            f"take one that is none, such as {ACTION_TOKEN!r}"
         )
     tokenizer.add_tokens([AddedToken(action_token, special=True, normalized=False)], special_tokens=True)
     token_id = tokenizer.convert_tokens_to_ids(action_token)

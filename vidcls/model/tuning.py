@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2_5_VLModel
 
+from vidcls.model.stored import differing_shapes, read_shapes, read_tensors
 from vidcls.model.weights import own_trained_weights
 
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -33,6 +33,8 @@ VISION_LAYERS = r"visual\.blocks\.\d+\.(?:attn\.qkv|attn\.proj|mlp\.(?:gate|up|d
 MERGER_LAYERS = r"visual\.merger\.mlp\.[02]"  # between them stands the GELU
 # What decides an adapter's function beside its tensors: PEFT loads it with other numbers without a word.
 ADAPTER_NUMBERS = ("r", "lora_alpha", "use_dora", "use_rslora")
+# The others (pissa, olora, ...) change the base weights themselves, which stand in no adapter's file.
+PLAIN_INITS = (True, False, "gaussian")
 
 Part = Literal["language", "vision", "merger", "head", "action_token"]
 
@@ -250,24 +252,41 @@ def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
 def load_adapter(model: PeftModel, folder: Path) -> None:
     """Put a saved adapter's weights into `model`, which `tune` made.
 
-    Raises ValueError when a file is missing or unreadable, when its tensors are not exactly those of the model, or
-    when it was trained with another scale.
+    Raises ValueError as `check_adapter_fits`.
+    """
+    check_adapter_fits(model, folder)
+    set_peft_model_state_dict(model, read_tensors(folder / ADAPTER_WEIGHTS_NAME))
+
+
+def check_adapter_fits(model: PeftModel, folder: Path) -> None:
+    """Raise ValueError unless `load_adapter` would work. Reads headers only; `model` may be on the meta device.
+
+    A file is missing or unreadable, its tensors are not exactly those of the model, or it was trained with another
+    scale, with other numbers for some layers, or on changed base weights.
     """
     path = folder / ADAPTER_WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"{path} does not exist; {folder} is not a folder with an adapter")
-    _check_adapter_numbers(model, folder / ADAPTER_CONFIG_NAME)
-    tensors = _read_tensors(path)
+    _check_adapter_config(model, folder / ADAPTER_CONFIG_NAME)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _check_shapes(path, found=tensors, expected=own)
-    set_peft_model_state_dict(model, tensors)
+    _check_shapes(path, found=read_shapes(path), expected=own)
 
 
-def _check_adapter_numbers(model: PeftModel, path: Path) -> None:
+def _check_adapter_config(model: PeftModel, path: Path) -> None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: it must hold an adapter's config")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if stored.get(name):
+            raise ValueError(f"{path}: {name} is {stored[name]!r}; it must be empty: one rank and scale for all layers")
+    if (init := stored.get("init_lora_weights", True)) not in PLAIN_INITS:
+        raise ValueError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base weights too; it must be true, false or "
+            "'gaussian'"
+        )
     own = model.peft_config["default"]
     for name in ADAPTER_NUMBERS:
         if stored.get(name) != getattr(own, name):
@@ -298,30 +317,18 @@ def load_tuned(backbone: nn.Module, folder: Path) -> None:
     }
     if own and not path.is_file():
         raise ValueError(f"{path} does not exist; {len(own)} weights of the backbone were trained and belong there")
-    tensors = _read_tensors(path) if path.is_file() else {}
-    _check_shapes(path, found=tensors, expected=own)
+    tensors = read_tensors(path) if path.is_file() else {}
+    _check_shapes(path, found={name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected=own)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def _plain_name(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX)
 
 
-def _check_shapes(path: Path, *, found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    stored = {name: tuple(tensor.shape) for name, tensor in found.items()}
+def _check_shapes(path: Path, *, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, torch.Tensor]) -> None:
     needed = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    if differing := sorted(n for n in stored.keys() | needed.keys() if stored.get(n) != needed.get(n)):
-        name = differing[0]
-        raise ValueError(
-            f"{path}: {len(differing)} tensors do not fit the base model, the first is {name}: stored "
-            f"{stored.get(name, 'not at all')}, needed {needed.get(name, 'not at all')}"
-        )
+    if differing := differing_shapes(found, needed):
+        raise ValueError(f"{path}: {differing}")

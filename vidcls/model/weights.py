@@ -83,14 +83,7 @@ def load_backbone(
     Raises:
         ValueError: the folder is no Qwen2.5-VL, or its weights and the architecture do not match; names what.
     """
-    config: Any = load_config(name_or_path)
-    if attn_implementation is not None:
-        config._attn_implementation = attn_implementation
-    for part in (config, config.text_config, config.vision_config):
-        part.dtype = dtype
-    # Nothing is allocated or initialised but the rotary buffers, which no file holds.
-    with init_empty_weights(include_buffers=False):
-        model = Qwen2_5_VLModel(config)
+    model = empty_backbone(name_or_path, dtype=dtype, attn_implementation=attn_implementation)
     tensors: Iterable[tuple[str, torch.Tensor]]
     if name_or_path == TINY:
         tensors = ((name, parameter.detach()) for name, parameter in tiny_backbone().named_parameters())
@@ -106,18 +99,31 @@ def load_backbone(
     return model.requires_grad_(False).eval()
 
 
+def empty_backbone(name_or_path: str, *, dtype: torch.dtype, attn_implementation: str | None = None) -> Qwen2_5_VLModel:
+    """The model with nothing allocated or initialised but the rotary buffers, which no file holds. Reads no weights."""
+    config: Any = load_config(name_or_path)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+    with init_empty_weights(include_buffers=False):
+        return Qwen2_5_VLModel(config)
+
+
 def load_language_head(name_or_path: str, *, dtype: torch.dtype) -> torch.Tensor | None:
     """The vocabulary matrix [V, D], mapped from its file where `dtype` fits; None where it is the embedding table.
 
     Raises:
-        ValueError: as `load_backbone`; or the matrix has another shape.
+        ValueError: as `load_backbone`; or the matrix is not stored, though it is not the table, or has another shape.
     """
     config: Any = load_config(name_or_path)
     if config.tie_word_embeddings or name_or_path == TINY:
         return None
     stored = StoredTensors.open(Path(name_or_path))
     if LANGUAGE_HEAD not in stored.files:
-        return None
+        raise ValueError(
+            f"{name_or_path}: tie_word_embeddings is false and {LANGUAGE_HEAD} is not stored; lm_loss_weight needs it"
+        )
     needed = (config.text_config.vocab_size, config.text_config.hidden_size)
     if stored.shapes[LANGUAGE_HEAD] != needed:
         raise ValueError(
@@ -145,18 +151,15 @@ def fingerprint(name_or_path: str) -> str:
     return TINY if name_or_path == TINY else StoredTensors.open(Path(name_or_path)).fingerprint()
 
 
-def own_trained_weights(model: nn.Module) -> int:
-    """Take the parameters that train out of the files' mappings, and return their bytes.
+def own_trained_weights(model: nn.Module) -> None:
+    """Take the parameters that train out of the files' mappings.
 
     Writing to a mapped weight never reaches the file, but it would copy page by page, and keep the mapping alive.
     Partitioned parameters are left alone.
     """
-    copied = 0
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.numel() and not hasattr(parameter, "ds_id"):
             parameter.data = parameter.data.clone()
-            copied += parameter.data.nbytes
-    return copied
 
 
 def parameter_name(stored: str) -> str | None:

@@ -38,36 +38,26 @@ class WeightAverage:
         self.decay = decay
         self._engine = engine
         self._masters = flat_masters(engine)
-        self._averages = _copies(self._masters)
+        self._averages = [master.detach().clone() for master in self._masters]
 
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step` (0-based)."""
         with torch.no_grad():
             torch._foreach_lerp_(self._averages, self._masters, 1 - decay_at(self.decay, step))
 
-    def gather(self) -> dict[str, torch.Tensor]:
-        """The average by parameter name, whole and fp32 on the host. All ranks must call it; all get it."""
+    def gather(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(parameter name, its average), whole and fp32 on the host, one after the other. All ranks must go through
+        all of it, and the engine must not be used before it is done."""
         with self._in_masters():
-            return {name: safe_get_full_fp32_param(p).cpu() for name, p in trainable(self._engine.module)}
+            for name, parameter in trainable(self._engine.module):
+                yield name, safe_get_full_fp32_param(parameter).cpu()
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set the average to what `gather` returned, at any rank count and ZeRO stage. Needs no other rank.
-
-        Raises ValueError naming a tensor that is missing, too many, or of another shape.
-        """
-        parameters = dict(trainable(self._engine.module))
-        needed = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if differing := sorted(n for n in needed.keys() | found.keys() if needed.get(n) != found.get(n)):
-            name = differing[0]
-            raise ValueError(
-                f"the stored average differs from this model in {len(differing)} tensors, the first is {name}: stored "
-                f"{found.get(name, 'not at all')}, needed {needed.get(name, 'not at all')}"
-            )
+        """Set the average to what `gather` gave, at any rank count and ZeRO stage; the names and shapes are those of
+        what trains. Needs no other rank."""
         with self._in_masters():
-            for name, parameter in parameters.items():
+            for name, parameter in trainable(self._engine.module):
                 set_master(self._engine, parameter, tensors[name])
-            self._averages = _copies(self._masters)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -83,19 +73,18 @@ class WeightAverage:
 
     @contextmanager
     def _in_masters(self) -> Iterator[None]:
-        """Inside, the masters hold the averages. Copied, not swapped: optimizer and parameters refer to the masters."""
-        held = _copies(self._masters)
-        _set(self._masters, self._averages)
+        """Inside, masters and averages have changed places."""
+        self._swap()
         try:
             yield
         finally:
-            _set(self._masters, held)
+            self._swap()
 
-
-def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def _set(targets: list[torch.Tensor], values: list[torch.Tensor]) -> None:
-    for target, value in zip(targets, values, strict=True):
-        target.data.copy_(value)
+    def _swap(self) -> None:
+        """Values, one tensor at a time: optimizer and parameters refer to the masters, and a copy of all of them would
+        take as much memory again."""
+        with torch.no_grad():
+            for master, average in zip(self._masters, self._averages, strict=True):
+                held = master.detach().clone()
+                master.data.copy_(average)
+                average.copy_(held)

@@ -20,7 +20,7 @@ class BadSamples:
         self._all: dict[str, str] = {}
 
     def add(self, bad: tuple[tuple[str, str], ...]) -> None:
-        """(key, reason) of clips that this rank could not read; each is said once."""
+        """(data set and key, reason) of clips that this rank could not read; each is said once."""
         for key, reason in bad:
             if key not in self._here:
                 self._here[key] = reason

@@ -15,6 +15,7 @@ from vidcls.model.pretrained import TRAINING_PREFIX
 
 BEST_NAME = "best"
 ABOUT_NAME = "best.json"
+LEFT_BEHIND = (f"{BEST_NAME}.tmp-*", f"{BEST_NAME}.superseded-*")  # by killed runs
 
 
 def publish_best(checkpoint: Path, output_dir: Path, about: dict[str, Any]) -> Path:
@@ -28,8 +29,9 @@ def publish_best(checkpoint: Path, output_dir: Path, about: dict[str, Any]) -> P
     """
     verify(checkpoint, skip_prefix=TRAINING_PREFIX)
     listed = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
-    for leftover in output_dir.glob(f"{BEST_NAME}.*-*"):  # of killed runs
-        shutil.rmtree(leftover)
+    for pattern in LEFT_BEHIND:
+        for leftover in output_dir.glob(pattern):
+            shutil.rmtree(leftover)
     mark = uuid.uuid4().hex[:8]
     folder, target = output_dir / f"{BEST_NAME}.tmp-{mark}", output_dir / BEST_NAME
     folder.mkdir()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from vidcls import distributed
 from vidcls.model.pretrained import TrainingExtras, build_model
-from vidcls.model.weights import fingerprint
 from vidcls.training import checkpoint
 from vidcls.training.averaging import WeightAverage
 from vidcls.training.engine import Engine, build_engine, deepspeed_config
@@ -23,27 +22,17 @@ def build(run: Run) -> tuple[Engine, WeightAverage | None]:
         answers=optim.lm_loss_weight > 0,
         adapter=None if options.adapter_name_or_path is None else Path(options.adapter_name_or_path),
     )
-    _check_equal_weights(run.spec.model_name_or_path)
     with partitioned(deepspeed_config(run.config, run.plan)) as partition:
         model = build_model(
             run.spec, run.encoder, run.heads, seed=run.config.run.seed, extras=extras, partition=partition
         )
         tensors = {}
         if run.resume is not None:
-            tensors = checkpoint.read_tensors(run.resume)
-            checkpoint.load_weights(model, tensors, averaged=optim.ema_decay is not None)
+            with distributed.all_or_none(f"reading {run.resume}"):
+                tensors = checkpoint.read_tensors(run.resume)
+                checkpoint.load_weights(model, tensors, averaged=optim.ema_decay is not None)
         engine = build_engine(run.config, model.train(), run.plan)
     average = None if optim.ema_decay is None else WeightAverage(engine, optim.ema_decay)
     if run.resume is not None:
         checkpoint.load_training_state(engine, tensors, run.start.adam_steps, average)
     return engine, average
-
-
-def _check_equal_weights(base: str) -> None:
-    """Each rank reads the base model itself, perhaps its own host's copy."""
-    own = fingerprint(base)
-    others = distributed.gather_objects(own)
-    if differing := [str(rank) for rank, other in enumerate(others) if other != others[0]]:
-        raise RuntimeError(
-            f"model_name_or_path: {base} has other weights on ranks {', '.join(differing)} than on rank 0"
-        )

@@ -24,11 +24,13 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vidcls import distributed
 from vidcls.manifest import CheckpointError, fsync, seal, verify
+from vidcls.model.stored import differing_shapes
 from vidcls.training.averaging import WeightAverage
 from vidcls.training.masters import flat_masters, own_part, set_master, trainable
 from vidcls.training.optimizer import replay_steps
@@ -84,34 +86,35 @@ def gather_training_state(
         for moment in MOMENTS:
             keep(f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment))
     if average is not None:
-        for name, tensor in average.gather().items():
+        for name, tensor in average.gather():
             keep(f"{AVERAGE}/{name}", tensor)
     steps = {int(engine.optimizer.optimizer.state[flat]["step"]) for flat in flat_masters(engine)}
     assert len(steps) == 1, steps
     return tensors, steps.pop()
 
 
+def check_average(folder: Path, *, wanted: bool) -> None:
+    """Raise CheckpointError where a checkpoint has averages and they are not wanted, or the reverse."""
+    with safe_open(folder / TENSORS_NAME, "pt") as file:
+        stored = any(name.startswith(f"{AVERAGE}/") for name in file.keys())  # noqa: SIM118
+    if stored != wanted:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {folder} was written {'with' if stored else 'without'} ema_decay, this run is "
+            f"{'with' if wanted else 'without'}; they must be equal for the run to go on"
+        )
+
+
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], *, averaged: bool) -> None:
     """Put stored master weights into a model that has no engine yet, rounded to its dtype as a step would.
 
     Raises:
-        CheckpointError: names or shapes are not this model's, or averages are stored and not wanted, or the reverse.
+        CheckpointError: names or shapes are not this model's.
     """
-    stored_average = any(name.startswith(f"{AVERAGE}/") for name in tensors)
-    if stored_average != averaged:
-        raise CheckpointError(
-            f"resume_from_checkpoint: the checkpoint was written {'with' if stored_average else 'without'} ema_decay, "
-            f"this run is {'with' if averaged else 'without'}; they must be equal for the run to go on"
-        )
     kinds = ("weight", *MOMENTS, *([AVERAGE] if averaged else []))
     expected = {f"{kind}/{name}": _shape(p) for name, p in trainable(model) for kind in kinds}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if differing := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
-        key = differing[0]
-        raise CheckpointError(
-            f"{TENSORS_NAME}: {len(differing)} tensors differ from this model, the first is {key}: stored "
-            f"{found.get(key, 'not at all')}, needed {expected.get(key, 'not at all')}"
-        )
+    if differing := differing_shapes(found, expected):
+        raise CheckpointError(f"{TENSORS_NAME}: {differing}")
     with torch.no_grad():
         for name, parameter in trainable(model):
             value = tensors[f"weight/{name}"]

@@ -16,7 +16,7 @@ from vidcls.data.index import ShardIndex
 from vidcls.data.joint import JointOrder, Part, quotas, select, source_seed
 from vidcls.data.labels import LabelSpace
 from vidcls.data.loader import ClipSource
-from vidcls.data.mirror import mirror_of, mirror_pairs
+from vidcls.data.mirror import ONE_SIDED, mirror_for
 from vidcls.data.order import shards_that_fit
 from vidcls.data.places import CacheSettings, LocalFolder, default_cache_folder
 from vidcls.options import AugmentOptions, DataOptions
@@ -33,8 +33,16 @@ class TrainData:
     shuffled: int | None  # shards that are shuffled together; None: everything, without a window
 
     def counts(self) -> np.ndarray:
-        """Training clips of each class, [C]."""
-        return np.bincount(self.index.label[self.ids], minlength=len(self.index.labels))
+        """Training clips of each class, int64 [C], as they are expected after flips: rounded, and at least 1 of a class
+        that has any."""
+        own = np.bincount(self.index.label[self.ids], minlength=len(self.index.labels))
+        mirror = mirror_labels(self.about, self.index.labels)
+        if mirror is None:
+            return own
+        share = self.about.augment.horizontal_flip
+        becomes = np.where(mirror == ONE_SIDED, np.arange(len(own)), mirror)
+        expected = (1 - share) * own + share * np.bincount(becomes, weights=own, minlength=len(own))
+        return np.where(expected > 0, np.maximum(np.rint(expected), 1), 0).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,14 @@ def open_data_sets(config: Config) -> DataSets:
     for part in parts:
         first = heads.setdefault(part.about.head, part.index.labels)
         part.index.labels.check_same(first, f"data set {part.about.place}", f"the others of head {part.about.head}")
+    made: dict[str, TrainData] = {}
+    for part in parts:
+        other = made.setdefault(part.about.head, part)
+        if part.index.settings != other.index.settings:  # a head is evaluated and predicts with one kind of clips
+            raise ConfigError(
+                f"dataset: {part.about.place} was made with {part.index.settings.to_dict()}, {other.about.place}, for "
+                f"the same head, with {other.index.settings.to_dict()}; make one of them anew"
+            )
     wanted = config.model.num_action_classes
     if wanted is not None and wanted != len(parts[0].index.labels):  # with more than one head it is refused before
         place, found = parts[0].about.place, len(parts[0].index.labels)
@@ -144,14 +160,11 @@ def augment_settings(options: AugmentOptions) -> AugmentSettings | None:
 
 
 def mirror_labels(about: TrainSet, labels: LabelSpace) -> np.ndarray | None:
-    """The label of each class when flipped, -1 where flipping is wrong; None: flipping changes no label."""
-    pairs: Any = about.augment.mirror_pairs
-    if not about.augment.horizontal_flip or pairs == []:
-        return None
+    """See mirror_for; ConfigError for what is no pair of classes."""
     try:
-        return mirror_of(labels) if pairs == "auto" else mirror_pairs(pairs, labels)
+        return mirror_for(about.augment.mirror_pairs, about.augment.horizontal_flip, labels)
     except ValueError as error:
-        raise ConfigError(f"mirror_pairs: {error}") from None
+        raise ConfigError(str(error)) from None
 
 
 def _shuffled_shards(data: DataOptions, index: ShardIndex, cache: CacheSettings) -> int | None:

@@ -13,11 +13,13 @@ from vidcls import distributed
 from vidcls.config import BatchPlan, Config, ConfigError, batch_plan, total_steps
 from vidcls.data.batch import ClipShape, Grid
 from vidcls.data.loader import ClipBatches, ClipSource
+from vidcls.data.mirror import swap_sides
 from vidcls.evaluation.heads import frame_choice
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import ModelSpec, build_encoder, read_spec
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tuning import TuningSettings
+from vidcls.model.weights import fingerprint, load_config
 from vidcls.training import checkpoint
 from vidcls.training.checkpoint import RunState
 from vidcls.training.data_sets import DataSets, open_data_sets
@@ -78,6 +80,7 @@ def setup(config: Config) -> Run:
     eval_clips = open_eval_clips(config, data) if config.eval.eval_strategy != "no" else []
     heads = build_heads(config, data, spec, encoder)
     distributed.start(config.run.ddp_timeout)
+    _check_equal_weights(spec)
     plan = batch_plan(config.optim, distributed.world_size())
     assert plan is not None
     fresh = RunState(step=0, adam_steps=0, stream=_stream(config, data, plan))
@@ -88,7 +91,10 @@ def setup(config: Config) -> Run:
             start = checkpoint.read_state(resume)
             start.check_continues(fresh)
             _check_same_model(read_spec(resume), spec)
+            checkpoint.check_average(resume, wanted=config.optim.ema_decay is not None)
     steps = total_steps(config.optim, data.clips, plan.global_)
+    if config.optim.warmup_steps is not None and config.optim.warmup_steps >= steps:
+        raise ConfigError(f"warmup_steps: {config.optim.warmup_steps} of {steps} steps leaves none at the full rate")
     learning_rate(0, steps, config.optim)  # the schedule knows its own arguments
     if start.step >= steps:
         raise ConfigError(f"resume_from_checkpoint: {resume} has {start.step} of {steps} steps done; nothing is left")
@@ -112,14 +118,25 @@ def _stream(config: Config, data: DataSets, plan: BatchPlan) -> dict[str, object
 
 
 def check_texts(clips: ClipBatches, *, threads: int) -> None:
-    """Encode each different prompt with the largest video that it stands with, and, where answers are learned, the
-    longest class name: none may be malformed or too long. Tokenising is spread over `threads`."""
+    """Encode each different prompt, also as flips change it, with the largest video that it stands with, and, where
+    answers are learned, the class name of most tokens: none may be malformed or too long. Tokenising is spread over
+    `threads`.
+
+    Clips' own answers are not in the index: one that is too long gives way to the class name when it is read.
+    """
     largest: dict[tuple[int, str], Grid] = {}
     for number, source in enumerate(clips.sources):
         for prompt, grid in _prompts_with_grids(clips, source):
             key = number, prompt
             largest[key] = max(largest.get(key, grid), grid, key=math.prod)
-    answers = [max(source.index.labels.names, key=len) if clips.answers else None for source in clips.sources]
+    some = {number: (prompt, grid) for (number, prompt), grid in largest.items()}
+
+    def longest_answer(number: int) -> str:
+        prompt, grid = some[number]
+        names = clips.sources[number].index.labels.names
+        return max(names, key=lambda name: len(clips.encoder.encode(prompt, grid, 1.0, name).input_ids))
+
+    answers = [longest_answer(number) if clips.answers else None for number in range(len(clips.sources))]
 
     def encode(item: tuple[tuple[int, str], Grid]) -> None:
         (number, prompt), grid = item
@@ -136,7 +153,20 @@ def _prompts_with_grids(clips: ClipBatches, source: ClipSource) -> Iterator[tupl
     rows = zip(index.prompt.tolist(), index.frames.tolist(), index.height.tolist(), index.width.tolist(), strict=True)
     for prompt, frames, height, width in {*rows}:
         grid = ClipShape.of(clips.encoder, min(frames, clips.frames.most), height, width).grid
-        yield source.prompt if prompt < 0 else index.prompts[prompt], grid
+        text = source.prompt if prompt < 0 else index.prompts[prompt]
+        yield text, grid
+        if source.swaps_texts():
+            yield swap_sides(text), grid
+
+
+def _check_equal_weights(spec: ModelSpec) -> None:
+    """Each rank reads the base model itself, perhaps its own host's copy. All ranks must call it."""
+    found = distributed.gather_objects(spec.base_weights)
+    if differing := [str(rank) for rank, other in enumerate(found) if other != found[0]]:
+        raise ConfigError(
+            f"model_name_or_path: {spec.model_name_or_path} holds other weights on ranks {', '.join(differing)} "
+            "than on rank 0"
+        )
 
 
 def _check_same_model(stored: ModelSpec, now: ModelSpec) -> None:
@@ -151,12 +181,14 @@ def _check_same_model(stored: ModelSpec, now: ModelSpec) -> None:
 def _model_spec(config: Config) -> ModelSpec:
     model, data = config.model, config.data
     base = model.model_name_or_path
+    load_config(base)  # says what is wrong with the folder, if it is none
     target = model.lora_target
     prompts: dict[str, str] = {}
     for each in config.train_sets:
         prompts.setdefault(each.head, each.prompt)
     return ModelSpec(
         model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
+        base_weights=fingerprint(base),
         bf16=config.optim.bf16,
         flash_attn=model.flash_attn,
         enable_liger_kernel=model.enable_liger_kernel,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LOG_NAME = "train_log.jsonl"
 PLOT_NAME = "training_loss.png"
 BOARD_NAME = "tensorboard"
+WANDB_NAME = "wandb_id"
 
 
 class StepClock:
@@ -82,7 +83,7 @@ class RunLog:
         temporary.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _summary_writer(output_dir / BOARD_NAME, first_step) if report_to == "tensorboard" else None
-        self._wandb = _wandb_run(output_dir, config) if report_to == "wandb" else None
+        self._wandb = _wandb_run(output_dir, config, first_step) if report_to == "wandb" else None
         self._progress = _progress_bar(first_step, total_steps)
         self._total = total_steps
 
@@ -156,7 +157,7 @@ def plot_loss(output_dir: Path) -> Path | None:
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), height_ratios=[3, 1], sharex=True, layout="constrained")
     top.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="logged")
     top.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label="smoothed")
-    top.set_ylabel("cross-entropy loss")
+    top.set_ylabel("training loss")
     top.set_ylim(bottom=0)
     top.grid(alpha=0.3)
     top.legend()
@@ -187,11 +188,14 @@ def _summary_writer(folder: Path, first_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
 
-def _wandb_run(output_dir: Path, config: dict[str, Any]) -> Any:
+def _wandb_run(output_dir: Path, config: dict[str, Any], first_step: int) -> Any:
     import wandb  # optional; whoever asks for it has it, setup.py has looked
 
-    # An id of the folder's: a resumed run goes on in the same curves.
-    identity = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:16]
+    # A run that goes on from its last step goes on in the same curves; any other is a run of its own.
+    kept = output_dir / WANDB_NAME
+    if not first_step or not kept.exists():
+        kept.write_text(uuid.uuid4().hex, encoding="utf-8")
+    identity = kept.read_text(encoding="utf-8")
     return wandb.init(dir=str(output_dir), name=output_dir.name, id=identity, resume="allow", config=config)
 
 

@@ -17,6 +17,8 @@ from vidcls.data.batch import Batch
 from vidcls.model.weights import fingerprint
 from vidcls.training.checkpoint import link_states
 from vidcls.training.engine import Engine, StepResult
+from vidcls.training.masters import is_stage3, trainable
+from vidcls.training.optimizer import learning_rate
 from vidcls.training.selfcheck.bias_gradient import Expected, ExpectedGradient, Losses, clipping, compare, tolerance
 from vidcls.training.selfcheck.digest import FrozenWeights
 from vidcls.training.selfcheck.gradients import GradientFlow, Reached, classifier_layer, whole_master, whole_moment
@@ -24,6 +26,7 @@ from vidcls.training.selfcheck.read_back import read_back
 from vidcls.training.selfcheck.trained import intended_parameters, listed, trained_wrongly
 from vidcls.training.setup import Run
 
+MOST_READ_BACK = 10**9  # trained parameters; under ZeRO-3 reading back makes them whole on every rank
 MOST_STEPS = 50  # a head whose clips do not come in so many is let go, and named
 # The first loss may be this many standard deviations of the logits from what even labels give.
 DEVIATIONS, SLACK = 4.0, 0.05
@@ -49,6 +52,7 @@ class SelfCheck:
         self._agree("what trains", trained_wrongly(engine, intended))
         names = [name for name, _ in model.named_parameters() if name in intended]
         self._flow = GradientFlow(engine, names)
+        self._trained = sum(int(getattr(p, "ds_numel", p.numel())) for _, p in trainable(model))
         zero_heads = run.config.model.action_decoder_init == "zeros"
         self._reached = Reached(model, names, zero_heads=zero_heads)
         self._without_gradient = set(names)
@@ -84,7 +88,7 @@ class SelfCheck:
             elif self._unchecked:
                 self._observed = self._observed or self._expected.add(batch, logits_BC)
         except Exception as error:
-            self._observed = f"a clip's label cannot be read: {error}"
+            self._observed = f"a micro-batch cannot be looked at: {error!r}"
 
     def after_step(self, step: int, result: StepResult) -> str | None:
         """Judge optimizer step `step` (0-based); returns a line for the log when everything has been judged."""
@@ -105,21 +109,26 @@ class SelfCheck:
             if self._steps == 1:
                 self._check_first_loss(where, result, chance)
             self._check_biases(where, gradients, clips_H, norm)
-        self._check_moves(where, min((rate for rate in rates if rate > 0), default=0.0))
+        self._check_moves(where, step)
         if self._steps == 1:
             self._frozen.take_new()
         self._flow.clear()
         self._expected.clear()
         self._clips_H.zero_()
         if not (self._without_gradient or self._unmoved or self._unchecked) or self._steps == MOST_STEPS:
+            line = self._line()
             self.active = False
             self._flow.remove()
-            return self._line()
+            del self._flow, self._expected, self._unmoved  # nothing of it is needed for the rest of the run
+            return line
         return None
 
     def after_first_save(self, folder: Path) -> str | None:
         """Read the run's first checkpoint back. With averaged weights call it while they are applied."""
         assert self._batch is not None, "no step was observed"
+        if is_stage3(self._engine) and self._trained > MOST_READ_BACK:
+            self._batch = None
+            return f"self-check: {folder.name} is not read back: all ranks would hold {self._trained:,} weights whole"
         wrong = read_back(self._engine, folder, self._run.spec, self._batch, base=self._base)
         self._batch = None
         if wrong:
@@ -188,11 +197,17 @@ class SelfCheck:
             self._worst_gradient = max(self._worst_gradient, difference_C.max().item())
             self._unchecked.discard(head)
 
-    def _check_moves(self, where: str, rate: float) -> None:
+    def _rate(self, name: str, step: int) -> float:
+        """The learning rate that a head's parameter or <ACTION> should have in this step, by the recipe."""
+        optim = self._run.config.optim
+        scale = optim.head_lr_scale if name.startswith("heads.") else optim.action_token_lr_scale
+        return scale * learning_rate(step, self._run.steps, optim)
+
+    def _check_moves(self, where: str, step: int) -> None:
         """fp32 masters, because rounding to bf16 can hide a step. Where a step is below even their resolution, as
         that of a norm's ones in a long warm-up, wait for a larger one."""
         for name in sorted(self._unmoved.keys() - self._without_gradient):
-            start = self._unmoved[name]
+            start, rate = self._unmoved[name], self._rate(name, step)
             if rate / 2 <= 2.0**-24 * start.abs().min().item():
                 continue
             if torch.equal(whole_master(self._parameters[name]), start):

@@ -30,6 +30,8 @@ def read_back(engine: Any, folder: Path, spec: ModelSpec, batch: Batch, *, base:
     The trained weights are whole on every rank meanwhile, and twice on the main rank. No generator is moved.
     """
     before_BC = _logits(engine, batch)
+    # Kernels of some accelerators differ from call to call; then equal weights have to do.
+    repeats = _same_bits(_logits(engine, batch), before_BC)
     model: ActionClassifier = engine.module
     parameters: dict[str, Any] = dict(trainable(model))
     stage3 = is_stage3(engine)
@@ -46,13 +48,12 @@ def read_back(engine: Any, folder: Path, spec: ModelSpec, batch: Batch, *, base:
                 torch.distributed.broadcast(parameter.data, 0)
     if wrong is not None:
         return wrong
-    equal = _same_bits(_logits(engine, batch), before_BC)
+    equal = _same_bits(_logits(engine, batch), before_BC) or not repeats
     differing = [str(rank) for rank, same in enumerate(distributed.gather_objects(equal)) if not same]
     if differing:
         return (
             f"{folder}: the weights read from it are those of the model, but its logits differ on ranks "
-            f"{', '.join(differing)}; likely reason: the model computes with more than its weights, or not the same "
-            "twice"
+            f"{', '.join(differing)}; likely reason: the model computes with more than its weights"
         )
     return None
 

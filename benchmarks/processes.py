@@ -1,0 +1,39 @@
+"""The processes of a run that a benchmark starts: their memory, their ranks, their end."""
+
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+import psutil
+
+
+def ranks_below(launcher: psutil.Process) -> list[psutil.Process]:
+    """The training processes: the launcher's descendants with the argument that only ranks get."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in launcher.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any(word.startswith("--local_rank=") for word in process.cmdline()):
+                    found.append(process)
+    return found
+
+
+def kilobytes(path: Path) -> dict[str, int]:
+    """The `Name: 123 kB` lines of a file in /proc, in bytes."""
+    fields = (line.split() for line in path.read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields if len(words) == 3 and words[2] == "kB"}
+
+
+def end_session(session: int) -> None:
+    """Kill what is left of the session that the launcher leads."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

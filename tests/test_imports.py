@@ -27,7 +27,8 @@ ROWS = (
     ("vidcls.evaluation", "vidcls.sharding", "vidcls.inspection"),
     ("vidcls.training",),
     ("vidcls.export", "vidcls.predict"),
-    ("launch", "tools", "benchmarks"),
+    ("launch", "tools"),
+    ("benchmarks",),
 )
 # DeepSpeed is known where processes are made, where its compiled ops are used, and to training.
 DEEPSPEED = {"vidcls.ops", "vidcls.distributed", "vidcls.training"}

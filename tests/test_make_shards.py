@@ -93,6 +93,7 @@ def test_mistakes_are_one_line(tmp_path: Path, options: tuple[str, ...], message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.launch
 def test_finished_data_set_is_left_alone_and_another_refused(tmp_path: Path) -> None:
     class_folder(tmp_path / "videos", per_class=1)
     options = ("folder", "--videos", "videos", "--out", "out", *SMALL)
@@ -181,6 +182,7 @@ def test_killed_at_random_points_it_goes_on_with_the_same_bytes(tmp_path: Path) 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.launch
 def test_full_disk_is_one_line_and_can_be_gone_on_from(tmp_path: Path) -> None:
     """A real file system of 300 KB, private to the command and to what copies the half-made folder out of it."""
     many_clips(tmp_path / "videos", 40)

@@ -131,6 +131,7 @@ def gradients(model: Any, length: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("compiled_in_python")
+@pytest.mark.launch
 def test_compiled_layers_keep_their_names_values_and_gradients() -> None:
     plain, compiled = adapted(compiled=False), adapted(compiled=True)
     assert list(plain.state_dict()) == list(compiled.state_dict())

@@ -111,6 +111,7 @@ for length in (1, 110):  # the first for what libraries need once
 """
 
 
+@pytest.mark.launch
 def test_memory_is_that_of_a_chunk():
     """220 tokens have 128 MiB of float32 logits, and 383 MiB with their log-softmax and their gradient.
 

@@ -120,7 +120,8 @@ class Batch:
     keys: tuple[str, ...]
     sources: tuple[int, ...]  # which data set each row is from, on the host
     answer_labels_BL: torch.Tensor | None = None  # int64, the next token where an answer is to be said, else -100
-    bad: tuple[tuple[str, str], ...] = ()  # (key, reason) of rows that could not be read: black, label 0, weight 0
+    # (data set and key, reason) of rows that could not be read: black, label 0, weight 0
+    bad: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

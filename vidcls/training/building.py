@@ -20,7 +20,8 @@ def build(run: Run) -> tuple[Engine, WeightAverage | None]:
         gradient_checkpointing=options.gradient_checkpointing,
         torch_compile=options.torch_compile,
         answers=optim.lm_loss_weight > 0,
-        adapter=None if options.adapter_name_or_path is None else Path(options.adapter_name_or_path),
+        # A run that goes on has its own weights, and the folder that it once started from may be gone.
+        adapter=Path(options.adapter_name_or_path) if options.adapter_name_or_path and not run.resume else None,
     )
     with partitioned(deepspeed_config(run.config, run.plan)) as partition:
         model = build_model(

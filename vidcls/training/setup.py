@@ -16,7 +16,7 @@ from vidcls.data.loader import ClipBatches, ClipSource
 from vidcls.data.mirror import swap_sides
 from vidcls.evaluation.heads import frame_choice
 from vidcls.model.heads import ActionDecoder
-from vidcls.model.pretrained import ModelSpec, build_encoder, read_spec
+from vidcls.model.pretrained import ModelSpec, build_encoder, check_adapter, read_spec
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tuning import TuningSettings
 from vidcls.model.weights import fingerprint, load_config
@@ -92,6 +92,8 @@ def setup(config: Config) -> Run:
             start.check_continues(fresh)
             _check_same_model(read_spec(resume), spec)
             checkpoint.check_average(resume, wanted=config.optim.ema_decay is not None)
+    elif config.model.adapter_name_or_path is not None:
+        check_adapter(Path(config.model.adapter_name_or_path), spec)
     steps = total_steps(config.optim, data.clips, plan.global_)
     if config.optim.warmup_steps is not None and config.optim.warmup_steps >= steps:
         raise ConfigError(f"warmup_steps: {config.optim.warmup_steps} of {steps} steps leaves none at the full rate")

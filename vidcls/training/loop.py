@@ -41,6 +41,7 @@ def train(run: Run) -> Path | None:
     if not config.run.do_train:
         if distributed.is_main():
             print("\n".join([*summary(run, engine.module), "do_train is false: nothing was trained"]), flush=True)
+        distributed.barrier()
         return None
     objective = Objective.of(config.optim, run.data.class_counts(), engine.device)
     check = SelfCheck(engine, run, objective.losses) if config.run.self_check else None

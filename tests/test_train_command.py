@@ -56,18 +56,19 @@ def test_the_output_folder_has_what_is_promised(finished_run: Path) -> None:
     }
     rows = [json.loads(line) for line in (finished_run / "train_log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
-    columns = {"step", "loss", "lr", "grad_norm", "samples_per_second", "data_wait_fraction"}
+    columns = {"step", "loss", "lr", "grad_norm", "top1", "samples_per_second", "data_wait_fraction"}
     assert all(row.keys() == columns for row in rows)
     assert abs(rows[0]["loss"] - np.log(4)) < 0.7
     picture = np.asarray(Image.open(finished_run / "training_loss.png").convert("RGB"))
     assert picture.std() > 5
-    checkpoint = {path.name for path in (finished_run / "checkpoint-6").iterdir()}
+    top = finished_run / "checkpoint-6"
+    checkpoint = {str(path.relative_to(top)) for path in top.rglob("*")}
     assert checkpoint >= {
         "adapter_model.safetensors",
         "adapter_config.json",
-        "action_decoder.safetensors",
+        "heads/default/action_decoder.safetensors",
         "action_token.safetensors",
-        "label_map.json",
+        "heads/default/label_map.json",
         "tokenizer.json",
         "training_state.safetensors",
         "MANIFEST.json",
@@ -113,9 +114,9 @@ def test_a_flipped_bit_is_not_evaluated(finished_run: Path, small_shards: Path, 
 
     copy = tmp_path / "checkpoint-6"
     shutil.copytree(finished_run / "checkpoint-6", copy)
-    data = bytearray((copy / "action_decoder.safetensors").read_bytes())
+    data = bytearray((copy / "heads" / "default" / "action_decoder.safetensors").read_bytes())
     data[-3] ^= 1
-    (copy / "action_decoder.safetensors").write_bytes(data)
+    (copy / "heads" / "default" / "action_decoder.safetensors").write_bytes(data)
     words = [launch.PYTHON, "launch/evaluate.py", copy, "--data", small_shards, "--out", tmp_path / "out"]
     done = launch.run(words, log=tmp_path / "log")
     assert done.code == 2

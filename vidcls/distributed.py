@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import socket
 import sys
@@ -109,6 +110,9 @@ def start(timeout_seconds: int) -> None:
 def stop() -> None:
     """Leave the process group; safe to call twice. All ranks should call it."""
     if torch.distributed.is_initialized():
+        # Engines are cycles that hold process groups; collected only while the interpreter shuts down, one can take
+        # the process with it ("terminate called without an active exception", exit code -6, after all work is done).
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 

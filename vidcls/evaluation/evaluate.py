@@ -97,7 +97,9 @@ def evaluate(
     index = source.index
     requests = evaluation_requests(index, micro, distributed.world_size(), distributed.rank(), ids)
     batches = read_batches(clips, requests, workers=workers, pin=distributed.device().type != "cpu")
-    gathered = distributed.gather_objects(predict_batches(model, batches, len(index.labels), done))
+    with distributed.all_or_none("evaluating"):
+        mine = predict_batches(model, batches, len(index.labels), done)
+    gathered = distributed.gather_objects(mine)
     by_key = {prediction.key: prediction for part in gathered for prediction in part}
     seen = sum(len(part) for part in gathered)
     samples = np.arange(len(index)) if ids is None else ids

@@ -29,9 +29,8 @@ from pathlib import Path
 import psutil
 import torch
 import yaml
-from processes import end_session, free_port, kilobytes, ranks_below
+from processes import ROOT, kilobytes, launched, ranks_below, tool
 from rounds import RESULTS, conditions
-from train_3b import DEEPSPEED, ROOT
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vidcls.data.index import ShardIndex
@@ -95,9 +94,9 @@ def make_inputs(work: Path, layers: int, clips: int) -> None:
     if not (work / "shards").exists():
         videos = work / "videos"
         shutil.rmtree(videos, ignore_errors=True)
-        _tool("make_motion_clips.py", "--out", videos, "--per-class", -(-clips // 4), "--size", SIZE)
+        tool("make_motion_clips.py", "--out", videos, "--per-class", -(-clips // 4), "--size", SIZE)
         settings = ("--frames", FRAMES, "--short-side", SIZE, "--workers", 0)
-        _tool("make_shards.py", "folder", "--videos", videos, "--out", work / "shards", *settings)
+        tool("make_shards.py", "folder", "--videos", videos, "--out", work / "shards", *settings)
 
 
 def train(work: Path, name: str, clips: int) -> Case:
@@ -125,14 +124,9 @@ def train(work: Path, name: str, clips: int) -> Case:
         "output_dir": str(output),
     }
     (work / "recipe.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
-    words = [DEEPSPEED, "--num_gpus", 1, "--master_port", free_port(), "launch/train.py", work / "recipe.yaml"]
     case = Case(name)
-    with (work / "train.log").open("w") as log:
-        launcher = psutil.Popen(
-            [str(word) for word in words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
     rank: psutil.Process | None = None
-    try:
+    with launched(1, [work / "recipe.yaml"], work / "train.log") as launcher:
         while launcher.poll() is None:
             rank = rank or next(iter(ranks_below(launcher)), None)
             if rank is not None:
@@ -141,8 +135,6 @@ def train(work: Path, name: str, clips: int) -> Case:
                     case.anonymous = max(case.anonymous, status.get("RssAnon", 0))
                     case.resident = max(case.resident, status.get("VmHWM", 0))
             time.sleep(SAMPLE_SECONDS if rank is not None else 0.2)
-    finally:
-        end_session(launcher.pid)
     rows = output / "train_log.jsonl"
     if rows.exists():
         case.losses = [json.loads(line)["loss"] for line in rows.read_text().splitlines()]
@@ -221,10 +213,6 @@ def main() -> int:
         print(f"error: the peak rises by {rise:.1%}, above --limit {args.limit:.0%}", file=sys.stderr)
         return 1
     return 0
-
-
-def _tool(name: str, *words: object) -> None:
-    subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, words)], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from pathlib import Path
 
 import psutil
 import yaml
-from processes import end_session, free_port, kilobytes, ranks_below
+from processes import ROOT, kilobytes, launched, ranks_below
 from rounds import RESULTS, conditions
-from train_3b import DEEPSPEED, ROOT, SIZE, make_inputs
+from train_3b import SIZE, make_inputs
 
 SAMPLE_SECONDS = 0.25
 WRAPPED = "training  "  # how the line begins that a run prints when its engine is made
@@ -97,14 +97,9 @@ def load(work: Path, *, stage: int, ranks: int) -> Load:
     }
     recipe = work / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(options), encoding="utf-8")
-    words = [DEEPSPEED, "--num_gpus", ranks, "--master_port", free_port(), "launch/train.py", recipe]
     result, log = Load(stage), work / "load.log"
     started = time.monotonic()
-    with log.open("w") as file:
-        launcher = psutil.Popen(
-            [str(word) for word in words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
+    with launched(ranks, [recipe], log) as launcher:
         while launcher.poll() is None:
             just_wrapped = not result.seconds_to_wrapped and WRAPPED in log.read_text()
             if just_wrapped:
@@ -115,8 +110,6 @@ def load(work: Path, *, stage: int, ranks: int) -> Load:
                     if just_wrapped:
                         result.peak.hold(process)
             time.sleep(SAMPLE_SECONDS)
-    finally:
-        end_session(launcher.pid)
     rows = output / "train_log.jsonl"
     if rows.exists():
         result.losses = [json.loads(line)["loss"] for line in rows.read_text().splitlines()]

@@ -3,9 +3,34 @@
 import contextlib
 import os
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+DEEPSPEED = Path(sys.executable).parent / "deepspeed"
+
+
+def tool(name: str, *words: object) -> None:
+    """Run one of tools/; CalledProcessError when it fails, after it has said why."""
+    subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, words)], cwd=ROOT, check=True)
+
+
+@contextlib.contextmanager
+def launched(ranks: int, words: Sequence[object], log: Path) -> Iterator[psutil.Popen]:
+    """launch/train.py with `words` on `ranks` ranks, its output in `log`; nothing of its session is left behind."""
+    command = [DEEPSPEED, "--num_gpus", ranks, "--master_port", free_port(), "launch/train.py", *words]
+    with log.open("w") as file:
+        launcher = psutil.Popen(
+            [str(word) for word in command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield launcher
+    finally:
+        end_session(launcher.pid)
 
 
 def ranks_below(launcher: psutil.Process) -> list[psutil.Process]:

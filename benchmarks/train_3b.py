@@ -29,11 +29,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
-from processes import end_session, free_port, kilobytes, ranks_below
+from processes import ROOT, kilobytes, launched, ranks_below, tool
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 FRAMES, SIZE, CLIPS_PER_STEP = 16, 112, 2
 SAMPLE_SECONDS = 0.5
 VERSIONED = ("vidcls", "torch", "deepspeed", "transformers", "peft", "safetensors")
@@ -80,12 +78,12 @@ class Result:
 def make_inputs(work: Path) -> None:
     """The checkpoint and the shards, each only if `work` does not hold it yet."""
     if not (work / "model").exists():
-        _tool("make_random_checkpoint.py", "--shape", "3b", "--out", work / "model")
+        tool("make_random_checkpoint.py", "--shape", "3b", "--out", work / "model")
     if not (work / "shards").exists():
         shutil.rmtree(work / "videos", ignore_errors=True)
-        _tool("make_motion_clips.py", "--out", work / "videos", "--per-class", 1, "--size", SIZE)
+        tool("make_motion_clips.py", "--out", work / "videos", "--per-class", 1, "--size", SIZE)
         settings = ("--frames", FRAMES, "--short-side", SIZE, "--workers", 0)
-        _tool("make_shards.py", "folder", "--videos", work / "videos", "--out", work / "shards", *settings)
+        tool("make_shards.py", "folder", "--videos", work / "videos", "--out", work / "shards", *settings)
 
 
 def train(work: Path, *, steps: int, stage: int) -> Result:
@@ -110,15 +108,10 @@ def train(work: Path, *, steps: int, stage: int) -> Result:
         "deepspeed": f"ds_configs/zero{stage}.json",
         "output_dir": output,
     }
-    words = [DEEPSPEED, "--num_gpus", 1, "--master_port", free_port(), "launch/train.py"]
-    words += ["launch/recipes/ucf101.yaml", *(f"{key}={value}" for key, value in options.items())]
+    words = ["launch/recipes/ucf101.yaml", *(f"{key}={value}" for key, value in options.items())]
     memory, rows = PeakMemory(), output / "train_log.jsonl"
     started, first_step = time.monotonic(), None
-    with (work / "train.log").open("w") as log:
-        launcher = psutil.Popen(
-            [str(word) for word in words], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
+    with launched(1, words, work / "train.log") as launcher:
         while launcher.poll() is None:
             with contextlib.suppress(psutil.Error, OSError):  # processes come and go
                 for rank in ranks_below(launcher):
@@ -126,8 +119,6 @@ def train(work: Path, *, steps: int, stage: int) -> Result:
             if first_step is None and rows.exists() and rows.stat().st_size:
                 first_step = time.monotonic() - started
             time.sleep(SAMPLE_SECONDS)
-    finally:
-        end_session(launcher.pid)
     logged = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     seconds = [CLIPS_PER_STEP / row["samples_per_second"] for row in logged[1:]]
     return Result(
@@ -199,10 +190,6 @@ def main() -> int:
         print(f"error: the peak is above --limit-gb {args.limit_gb}", file=sys.stderr)
         return 1
     return 0
-
-
-def _tool(name: str, *words: object) -> None:
-    subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, words)], cwd=ROOT, check=True)
 
 
 def _seconds(value: float | None) -> str:

@@ -45,6 +45,16 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_shards(videos, folder / "shards", frames=4, short_side=56, samples_per_shard=10)
 
 
+@pytest.fixture(scope="session")
+def up_down(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 of the clips as a data set of 2 classes."""
+    videos = tmp_path_factory.mktemp("up_down") / "videos"
+    videos.mkdir()
+    for name in ("up", "down"):
+        (videos / name).symlink_to(small_shards.parent / "videos" / name)
+    return make_shards(videos, videos.parent / "shards", frames=4)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_shared_buffers_left() -> Iterator[None]:
     """Runs, killed or not, leave nothing in /dev/shm: 69 MB a rank add up to a full memory."""

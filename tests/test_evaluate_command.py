@@ -13,7 +13,6 @@ import torch
 from tests.support import launch
 from tests.support.checkpoints import make_checkpoint
 from tests.support.clips import text_as_video
-from tests.support.shards import make_shards
 from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request
 from vidcls.model.pretrained import load_model
@@ -26,16 +25,6 @@ CLIPS = 26
 @pytest.fixture(scope="module")
 def checkpoint(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("evaluate") / "checkpoint-1", {"default": small_shards})
-
-
-@pytest.fixture(scope="module")
-def up_down(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """13 of the clips as a data set of 2 classes."""
-    videos = tmp_path_factory.mktemp("up_down") / "videos"
-    videos.mkdir()
-    for name in ("up", "down"):
-        (videos / name).symlink_to(small_shards.parent / "videos" / name)
-    return make_shards(videos, videos.parent / "shards", frames=4)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ SOURCES = {
 # Each part may import those of the rows above it and itself; parts of one row never import each other.
 ROWS = (
     ("vidcls.options",),
+    ("vidcls.registry",),
     ("vidcls.config", "vidcls.geometry", "vidcls.manifest", "vidcls.ops"),
     ("vidcls.distributed", "vidcls.command", "vidcls.progress"),
     ("vidcls.data", "vidcls.model"),

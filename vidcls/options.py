@@ -27,6 +27,10 @@ CommaList = BeforeValidator(
 )
 
 
+class ConfigError(ValueError):
+    """A user's mistake in the configuration; the message names field, value and what is legal."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -263,3 +267,26 @@ SECTIONS: dict[str, type[Section]] = {
     "run": RunOptions,
 }
 OWNER = {key: section for section, cls in SECTIONS.items() for key in cls.model_fields}
+
+
+def field_error(cls: type[Section], item: Any) -> str:
+    """One of pydantic's errors about a section, as a user reads it: field, value, what is legal."""
+    key = str(item["loc"][0])
+    where = ": ".join(
+        str(part) for part in item["loc"] if not str(part).startswith(("list[", "literal[", "constrained"))
+    )
+    if item["type"] == "missing":
+        about = f" ({cls.model_fields[key].description})" if len(item["loc"]) == 1 else ""
+        return f"{where}: required, not given{about}"
+    field = cls.model_fields[key]
+    legal = legal_values(field.annotation, field.metadata)
+    return f"{where}: {item['input']!r} is not legal: {item['msg']}{' (legal: ' + legal + ')' if legal else ''}"
+
+
+def legal_values(annotation: Any, metadata: list[Any]) -> str:
+    """What a field may be, in words; "" where its type says enough."""
+    choices = getattr(annotation, "__args__", ())
+    if choices and all(isinstance(c, str) for c in choices):
+        return " | ".join(choices)
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return ", ".join(f"{sign} {getattr(m, name)}" for m in metadata for name, sign in signs.items() if hasattr(m, name))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.model.zero3_heads import SmallModel, train_plainly
@@ -129,7 +130,11 @@ def test_zero3_trains_the_heads_as_a_plain_loop_does(tmp_path: Path):
     """The vocabulary is the frozen table, gathered around both modules; one rank has no answers at all."""
     done = launch.deepspeed(2, "tests/model/zero3_heads.py", tmp_path, log=tmp_path / "log")
     assert done.code == 0, done.output[-4000:]
-    found, expected, initial = torch.load(tmp_path / "zero3.pt"), train_plainly(), dict(SmallModel().named_parameters())
+    found, expected, initial = (
+        load_file(tmp_path / "zero3.safetensors"),
+        train_plainly(),
+        dict(SmallModel().named_parameters()),
+    )
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         # By how far it moved; measured: 3e-6.

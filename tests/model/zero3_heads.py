@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vidcls.model.heads import ActionDecoder
@@ -103,6 +104,6 @@ if __name__ == "__main__":
     try:
         results = train_under_zero3()
         if distributed.is_main():
-            torch.save(results, Path(sys.argv[-1]) / "zero3.pt")
+            save_file(results, Path(sys.argv[-1]) / "zero3.safetensors")
     finally:
         distributed.stop()

@@ -67,9 +67,9 @@ def test_a_class_that_only_flips_give_has_a_weight(tmp_path: Path) -> None:
 
 
 def test_a_wrong_mirror_pair_is_named_once(small_shards: Path) -> None:
-    data = open_data_sets(config(small_shards, horizontal_flip=0.5, mirror_pairs=[["left", "rihgt"]]))
+    wrong = config(small_shards, horizontal_flip=0.5, mirror_pairs=[["left", "rihgt"]])
     with pytest.raises(ConfigError, match=r"^mirror_pairs\[0\]: there is no class 'rihgt'; close names: 'right'"):
-        data.sources()
+        open_data_sets(wrong)
 
 
 def encoder(cutoff_len: int) -> PromptEncoder:

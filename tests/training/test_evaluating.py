@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 from tests.support import launch
 from tests.support.checkpoints import tiny_spec
-from tests.support.shards import make_shards
 from vidcls.config import Config, ConfigError, config_from_values
 from vidcls.data.batch import ClipEncoder
 from vidcls.data.index import ShardIndex
@@ -35,16 +34,6 @@ EVERY_TWO = Schedule(every=2, last=100, clips_per_epoch=26, global_batch=4)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vidcls.distributed.world_size", lambda: 1)
     monkeypatch.setattr("vidcls.distributed.rank", lambda: 0)
-
-
-@pytest.fixture(scope="module")
-def up_down(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """13 of the clips as a data set of 2 classes."""
-    videos = tmp_path_factory.mktemp("up_down") / "videos"
-    videos.mkdir()
-    for name in ("up", "down"):
-        (videos / name).symlink_to(small_shards.parent / "videos" / name)
-    return make_shards(videos, videos.parent / "shards", frames=4)
 
 
 @pytest.fixture(scope="module")

@@ -112,19 +112,24 @@ class Batch:
     input_ids_BL: torch.Tensor  # right padded
     position_ids_3BL: torch.Tensor
     action_positions_B: torch.Tensor  # where <ACTION> stands in each row
+    sources_B: torch.Tensor  # int64, which data set each row is from
     heads_B: torch.Tensor  # int64, which head classifies each row
     labels_B: torch.Tensor
     partners_B: torch.Tensor  # int64, the second label of rows that two clips were mixed into
     shares_B: torch.Tensor  # float32, the second label's part of the target; 0 where nothing was mixed
     weights_B: torch.Tensor  # float32
     keys: tuple[str, ...]
-    sources: tuple[int, ...]  # which data set each row is from, on the host
     answer_labels_BL: torch.Tensor | None = None  # int64, the next token where an answer is to be said, else -100
     # (data set and key, reason) of rows that could not be read: black, label 0, weight 0
     bad: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """sources_B on the host: a sync, where the batch is on a GPU."""
+        return tuple(self.sources_B.tolist())
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of ActionClassifier.forward."""
@@ -207,13 +212,13 @@ def collate(clips: list[PreparedClip], weight: float = 1.0, frames: np.ndarray |
         input_ids_BL=torch.from_numpy(input_ids_BL),
         position_ids_3BL=torch.from_numpy(position_ids_3BL),
         action_positions_B=torch.tensor([clip.text.action_position for clip in clips]),
+        sources_B=torch.tensor([clip.source for clip in clips]),
         heads_B=torch.tensor([clip.head for clip in clips]),
         labels_B=torch.tensor([clip.label for clip in clips]),
         partners_B=torch.tensor([clip.partner for clip in clips]),
         shares_B=torch.tensor([clip.share for clip in clips], dtype=torch.float32),
         weights_B=torch.from_numpy(weights_B),
         keys=tuple(clip.key for clip in clips),
-        sources=tuple(clip.source for clip in clips),
         answer_labels_BL=torch.from_numpy(answer_labels_BL) if has_answers else None,
         bad=tuple((clip.key, clip.bad) for clip in clips if clip.bad),
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
 from vidcls import distributed
 from vidcls.data.index import ShardIndex
@@ -15,6 +14,7 @@ from vidcls.evaluation.evaluate import evaluate, write_results
 from vidcls.evaluation.heads import frame_choice, head_for_labels, read_heads
 from vidcls.evaluation.metrics import Metrics
 from vidcls.model.pretrained import load_model
+from vidcls.progress import progress_bar
 
 RESULTS_NAME = "evaluation"
 
@@ -52,13 +52,17 @@ def evaluate_checkpoint(
         made, trained_on = index.settings.to_dict(), chosen.settings.to_dict()
         print(f"warning: {data} was made with {made}, the training shards with {trained_on}")
     clips = ClipBatches([ClipSource(index, chosen.prompt, chosen.number)], encoder, frame_choice(spec))
-    with _progress() as progress:
-        # The main rank's share stands for all.
-        mine = evaluation_chunks(len(index), micro, distributed.world_size(), distributed.rank())
-        task = progress.add_task("evaluating", total=sum(len(chunk) for chunk in mine if chunk is not None))
-        metrics, predictions = evaluate(
-            model, clips, micro=micro, workers=workers, done=lambda count: progress.advance(task, count)
-        )
+    # The main rank's share stands for all.
+    mine = evaluation_chunks(len(index), micro, distributed.world_size(), distributed.rank())
+    share, seen = sum(len(chunk) for chunk in mine if chunk is not None), 0
+    with progress_bar(Console(quiet=not distributed.is_main()), "clips evaluated") as show:
+
+        def done(count: int) -> None:
+            nonlocal seen
+            seen += count
+            show(seen, share)
+
+        metrics, predictions = evaluate(model, clips, micro=micro, workers=workers, done=done)
     with distributed.all_or_none(f"writing {out}"):
         if distributed.is_main():
             write_results(out, metrics, predictions, chosen.labels)
@@ -69,13 +73,3 @@ def evaluate_checkpoint(
                 flush=True,
             )
     return metrics
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("evaluating"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        disable=not distributed.is_main() or not sys.stdout.isatty(),
-    )

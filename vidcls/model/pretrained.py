@@ -240,7 +240,6 @@ def load_model(
     spec = read_spec(folder)
     if model_name_or_path is not None:
         spec = replace(spec, model_name_or_path=model_name_or_path)
-    load_config(spec.model_name_or_path)  # says what is wrong with the folder, if it is none
     if fingerprint(spec.model_name_or_path) != spec.base_weights:
         raise ValueError(f"{spec.model_name_or_path} holds other weights than the base model of {folder}")
     encoder = build_encoder(spec, trust_remote_code=trust_remote_code)

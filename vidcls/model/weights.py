@@ -147,7 +147,9 @@ def load_token_embeddings(name_or_path: str, ids: Sequence[int], *, dtype: torch
 
 
 def fingerprint(name_or_path: str) -> str:
-    """Equal for equal weights: ranks compare it, since each reads its own host's copy."""
+    """Equal for equal weights: ranks compare it, since each reads its own host's copy. Raises ValueError as
+    `load_config` does, and for a folder without weights."""
+    load_config(name_or_path)
     return TINY if name_or_path == TINY else StoredTensors.open(Path(name_or_path)).fingerprint()
 
 

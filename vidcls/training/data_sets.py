@@ -30,17 +30,17 @@ class TrainData:
     index: ShardIndex
     ids: np.ndarray
     held_out: np.ndarray
+    mirror: np.ndarray | None  # the label of each class when flipped (mirror_for)
     shuffled: int | None  # shards that are shuffled together; None: everything, without a window
 
     def counts(self) -> np.ndarray:
         """Training clips of each class, int64 [C], as they are expected after flips: rounded, and at least 1 of a class
         that has any."""
         own = np.bincount(self.index.label[self.ids], minlength=len(self.index.labels))
-        mirror = mirror_labels(self.about, self.index.labels)
-        if mirror is None:
+        if self.mirror is None:
             return own
         share = self.about.augment.horizontal_flip
-        becomes = np.where(mirror == ONE_SIDED, np.arange(len(own)), mirror)
+        becomes = np.where(self.mirror == ONE_SIDED, np.arange(len(own)), self.mirror)
         expected = (1 - share) * own + share * np.bincount(becomes, weights=own, minlength=len(own))
         return np.where(expected > 0, np.maximum(np.rint(expected), 1), 0).astype(np.int64)
 
@@ -77,7 +77,7 @@ class DataSets:
                 part.about.prompt,
                 head=heads.index(part.about.head),
                 augment=augment_settings(part.about.augment),
-                mirror=mirror_labels(part.about, part.index.labels),
+                mirror=part.mirror,
                 ids=part.ids,
                 shards_apart=part.shuffled is not None,
             )
@@ -120,7 +120,8 @@ def open_data_sets(config: Config) -> DataSets:
             ids, held_out = select(len(index), source_seed(seed, number), most=data.max_samples, val_size=data.val_size)
         except ValueError as error:
             raise ConfigError(f"{error} ({about.place})") from None
-        parts.append(TrainData(about, index, ids, held_out, _shuffled_shards(data, index, cache)))
+        mirror, shuffled = mirror_labels(about, index.labels), _shuffled_shards(data, index, cache)
+        parts.append(TrainData(about, index, ids, held_out, mirror, shuffled))
     heads: dict[str, LabelSpace] = {}
     for part in parts:
         first = heads.setdefault(part.about.head, part.index.labels)

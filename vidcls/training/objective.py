@@ -78,9 +78,8 @@ class Tally:
         with torch.no_grad():
             hits_B = (logits_BC.argmax(dim=1) == batch.labels_B).float()
             rows_B3 = torch.stack([losses_B, hits_B, torch.ones_like(hits_B)], dim=1) * batch.weights_B[:, None]
-            sources_B = torch.tensor(batch.sources).to(batch.labels_B.device, non_blocking=True)
             # Rows of one data set picked by comparison and summed: adding by index has no fixed order on a GPU.
-            is_source_SB = torch.arange(len(self.by_source_S3), device=sources_B.device)[:, None] == sources_B
+            is_source_SB = torch.arange(len(self.by_source_S3), device=rows_B3.device)[:, None] == batch.sources_B
             self.by_source_S3.add_(is_source_SB.float() @ rows_B3)
             if answers_B is not None:
                 self.answer_loss.add_((answers_B * batch.weights_B).sum())

@@ -19,7 +19,7 @@ from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import ModelSpec, build_encoder, check_adapter, read_spec
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tuning import TuningSettings
-from vidcls.model.weights import fingerprint, load_config
+from vidcls.model.weights import fingerprint
 from vidcls.training import checkpoint
 from vidcls.training.checkpoint import RunState
 from vidcls.training.data_sets import DataSets, open_data_sets
@@ -183,7 +183,6 @@ def _check_same_model(stored: ModelSpec, now: ModelSpec) -> None:
 def _model_spec(config: Config) -> ModelSpec:
     model, data = config.model, config.data
     base = model.model_name_or_path
-    load_config(base)  # says what is wrong with the folder, if it is none
     target = model.lora_target
     prompts: dict[str, str] = {}
     for each in config.train_sets:

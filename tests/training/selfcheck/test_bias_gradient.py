@@ -51,7 +51,7 @@ def batch_of(index: ShardIndex, samples: list[int], **changes: Any) -> Batch:
         shares_B=torch.zeros(count),
         weights_B=torch.ones(count),
         keys=tuple(index.keys[sample] for sample in samples),
-        sources=(0,) * count,
+        sources_B=torch.zeros(count, dtype=torch.long),
     )
     return replace(batch, **changes)
 
@@ -89,7 +89,7 @@ def test_two_heads_several_batches_every_option(index: ShardIndex, kind: str) ->
             index,
             list(range(first, first + ROWS)),
             heads_B=rows_B,
-            sources=tuple(rows_B.tolist()),
+            sources_B=rows_B,
             partners_B=torch.tensor([1, 2, 3, 0, 1, 2]),
             shares_B=torch.tensor([0.0, 0.3, 0.0, 0.45, 0.0, 0.2]),
             weights_B=torch.tensor([1.0, 1, 1, 0, 1, 1]),

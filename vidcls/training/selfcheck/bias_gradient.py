@@ -96,11 +96,12 @@ class ExpectedGradient:
 
     def add(self, batch: Batch, logits_BC: torch.Tensor) -> str | None:
         """Take in one micro-batch; returns what is wrong with its labels, if anything is."""
+        sources = batch.sources
         labels_B = [
             self._labels.read(source, key) if weight else 0
-            for source, key, weight in zip(batch.sources, batch.keys, batch.weights_B.tolist(), strict=True)
+            for source, key, weight in zip(sources, batch.keys, batch.weights_B.tolist(), strict=True)
         ]
-        given_B, heads_B = batch.labels_B.tolist(), [self._sources[source].head for source in batch.sources]
+        given_B, heads_B = batch.labels_B.tolist(), [self._sources[source].head for source in sources]
         if wrong := self._wrong_labels(batch, labels_B, heads_B):
             return wrong
         # A flip cannot be told from here: of the two labels that the clip may have, take the one it was given.
@@ -119,11 +120,11 @@ class ExpectedGradient:
         return None
 
     def _wrong_labels(self, batch: Batch, labels_B: list[int], heads_B: list[int]) -> str | None:
-        given_B = batch.labels_B.tolist()
+        given_B, sources = batch.labels_B.tolist(), batch.sources
         counted = [row for row, weight in enumerate(batch.weights_B.tolist()) if weight]
         if batch.heads_B.tolist() != heads_B:
             return f"the clips' heads are {batch.heads_B.tolist()}; their data sets belong to {heads_B}"
-        wrong = [r for r in counted if given_B[r] not in self._labels.legal(batch.sources[r], labels_B[r])]
+        wrong = [r for r in counted if given_B[r] not in self._labels.legal(sources[r], labels_B[r])]
         if not wrong:
             return None
         about = [f"{batch.keys[row]} is given class {given_B[row]} and stored as {labels_B[row]}" for row in wrong[:3]]

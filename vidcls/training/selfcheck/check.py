@@ -14,7 +14,6 @@ import torch
 
 from vidcls import distributed
 from vidcls.data.batch import Batch
-from vidcls.model.weights import fingerprint
 from vidcls.training.checkpoint import link_states
 from vidcls.training.engine import Engine, StepResult
 from vidcls.training.masters import is_stage3, trainable
@@ -72,7 +71,6 @@ class SelfCheck:
         self._observed: str | None = None
         self._clips_H = torch.zeros(len(self._biases))
         self._frozen = FrozenWeights(model, intended)
-        self._base = fingerprint(run.spec.model_name_or_path)
 
     def observe(self, batch: Batch, logits_BC: torch.Tensor) -> None:
         """A micro-batch of the step under way and its logits, detached, before backward. Never raises: the other
@@ -129,7 +127,7 @@ class SelfCheck:
         if is_stage3(self._engine) and self._trained > MOST_READ_BACK:
             self._batch = None
             return f"self-check: {folder.name} is not read back: all ranks would hold {self._trained:,} weights whole"
-        wrong = read_back(self._engine, folder, self._run.spec, self._batch, base=self._base)
+        wrong = read_back(self._engine, folder, self._run.spec, self._batch)
         self._batch = None
         if wrong:
             self._fail("save and load", wrong)

@@ -20,12 +20,12 @@ from vidcls.training.masters import is_stage3, trainable
 from vidcls.training.selfcheck.trained import listed
 
 
-def read_back(engine: Any, folder: Path, spec: ModelSpec, batch: Batch, *, base: str) -> str | None:
+def read_back(engine: Any, folder: Path, spec: ModelSpec, batch: Batch) -> str | None:
     """What is wrong with the model files in `folder`; None if they hold this engine's model. All ranks must call it.
 
     The files' tensors are put into the live model by the functions that load a checkpoint, so that there is no
     second model; they must be bit by bit what was there, and so must the logits of `batch` be, in eval mode. The base
-    model must still be the one with fingerprint `base`. When something is wrong the model keeps its own weights.
+    model's files must still be those of `spec`. When something is wrong the model keeps its own weights.
 
     The trained weights are whole on every rank meanwhile, and twice on the main rank. No generator is moved.
     """
@@ -39,7 +39,7 @@ def read_back(engine: Any, folder: Path, spec: ModelSpec, batch: Batch, *, base:
         wrong: str | None = None
         if distributed.is_main():
             try:
-                wrong = _wrong_files(model, parameters, folder, spec, base)
+                wrong = _wrong_files(model, parameters, folder, spec)
             except Exception as error:  # whatever reading raises: the other ranks wait
                 wrong = f"{folder} cannot be read back: {error}"
         wrong = distributed.gather_objects(wrong)[0]
@@ -58,16 +58,14 @@ def read_back(engine: Any, folder: Path, spec: ModelSpec, batch: Batch, *, base:
     return None
 
 
-def _wrong_files(
-    model: ActionClassifier, parameters: Mapping[str, Any], folder: Path, spec: ModelSpec, base: str
-) -> str | None:
+def _wrong_files(model: ActionClassifier, parameters: Mapping[str, Any], folder: Path, spec: ModelSpec) -> str | None:
     """Compare, and leave the read tensors in the model. On the main rank, with whole parameters."""
     stored = read_spec(folder)
     for field in fields(ModelSpec):
         found, expected = getattr(stored, field.name), getattr(spec, field.name)
         if found != expected:
             return f"{folder}: {field.name} is stored as {found!r}; the model has {expected!r}"
-    if fingerprint(stored.model_name_or_path) != base:
+    if fingerprint(stored.model_name_or_path) != spec.base_weights:
         return f"{stored.model_name_or_path} holds other weights than when the run began"
     held = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:

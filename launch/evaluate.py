@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from vidcls.command import command_arguments, user_errors
+from vidcls.faults.guard import Limits, guarded
 
 
 def main() -> None:
@@ -30,11 +31,12 @@ def main() -> None:
     )
     arguments = parser.parse_args(command_arguments())
 
-    from vidcls import distributed
-    from vidcls.evaluation.command import evaluate_checkpoint
+    limits = Limits(step=arguments.timeout + 60)
+    with guarded(arguments.out, limits):
+        from vidcls import distributed
+        from vidcls.evaluation.command import evaluate_checkpoint
 
-    try:
-        with user_errors():
+        with distributed.leaving(), user_errors():
             distributed.check_hostfile()
             if arguments.batch_size < 1 or arguments.workers < 0:
                 raise ValueError(
@@ -51,8 +53,6 @@ def main() -> None:
                 base=arguments.model,
                 trust_remote_code=arguments.trust_remote_code,
             )
-    finally:
-        distributed.stop()
 
 
 if __name__ == "__main__":

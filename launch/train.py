@@ -7,9 +7,13 @@ RECIPE.yaml holds `key: value` lines; key=value arguments win over it. Shipped r
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 from vidcls.command import command_arguments, user_errors
 from vidcls.config import check_output_dir, describe_options, load_config
+from vidcls.faults.exits import Exit
+from vidcls.faults.guard import Limits, guarded
 
 
 def main() -> None:
@@ -24,17 +28,18 @@ def main() -> None:
         config = load_config(arguments.recipe, arguments.overrides)
         check_output_dir(config.run)
 
-    from vidcls import distributed
-    from vidcls.training.loop import train
-    from vidcls.training.setup import setup
+    with guarded(Path(config.run.output_dir), Limits.from_options(config.run)):
+        from vidcls import distributed
+        from vidcls.training.loop import train
+        from vidcls.training.setup import setup
 
-    try:
-        with user_errors():
-            distributed.check_hostfile()
-            run = setup(config)
-        train(run)
-    finally:
-        distributed.stop()
+        with distributed.leaving():
+            with user_errors():
+                distributed.check_hostfile()
+                run = setup(config)
+            outcome = train(run)
+    if not outcome.finished:
+        sys.exit(Exit.STOPPED)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ SOURCES = {
 ROWS = (
     ("vidcls.options",),
     ("vidcls.registry",),
-    ("vidcls.config", "vidcls.geometry", "vidcls.manifest", "vidcls.ops"),
+    ("vidcls.config", "vidcls.geometry", "vidcls.manifest", "vidcls.ops", "vidcls.hosts"),
+    ("vidcls.faults",),
     ("vidcls.distributed", "vidcls.command", "vidcls.progress"),
     ("vidcls.data", "vidcls.model"),
     ("vidcls.evaluation", "vidcls.sharding", "vidcls.inspection"),

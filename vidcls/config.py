@@ -35,6 +35,7 @@ from vidcls.options import (
 )
 from vidcls.registry import EvalSet, TrainSet, resolve_data_sets
 
+LEFT_BY_FAILED_STARTS = {"failures", "run.lock", "STOP", "supervise", "supervise.jsonl"}
 METRICS = ("top1", "top5", "mean_class_accuracy", "loss")
 
 
@@ -335,7 +336,8 @@ def check_output_dir(run: RunOptions) -> None:
         raise ConfigError(f"output_dir: {run.output_dir!r} is a file, not a folder")
     resumed = run.resume_from_checkpoint
     goes_on = resumed is not None and (resumed == "latest" or Path(resumed).resolve().parent == folder.resolve())
-    if folder.is_dir() and any(folder.iterdir()) and not (run.overwrite_output_dir or goes_on):
+    kept = folder.is_dir() and any(path.name not in LEFT_BY_FAILED_STARTS for path in folder.iterdir())
+    if kept and not (run.overwrite_output_dir or goes_on):
         raise ConfigError(
             f"output_dir: {run.output_dir!r} is not empty; give another folder, resume_from_checkpoint=latest to go "
             "on, or overwrite_output_dir=true to delete the run in it"

@@ -9,47 +9,33 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import hashlib
+import importlib.metadata
 import os
+import platform
 import socket
-import sys
-import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
 
+from vidcls.faults import guard
+from vidcls.faults.causes import RankFailedError, RendezvousError
+from vidcls.faults.processes import folder_of, launchers, words_of
 from vidcls.ops import load_op
 
 SHM_FOLDER = Path("/dev/shm")
 SHM_PREFIX = "deepspeed_allreduce_buffer"
 SHM_AGE = 60  # seconds; a younger one may belong to a rank that is about to map it
+VERSIONED = ("torch", "deepspeed", "transformers", "peft", "safetensors", "numpy", "vidcls")
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
 class LaunchError(RuntimeError):
     """The processes were started in a way that cannot work; the message says what to change."""
-
-
-def rank_from_environment() -> int:
-    """This process's rank before the process group exists (0 when there is no launcher)."""
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
-
-
-def launcher_processes() -> list[psutil.Process]:
-    """The deepspeed commands this process descends from on this host, nearest first."""
-    found = []
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process().parents():
-            with contextlib.suppress(psutil.Error):
-                words = process.cmdline()
-                if any(Path(w).name == "deepspeed" or w.startswith("deepspeed.launcher") for w in words[:5]):
-                    found.append(process)
-    return found
 
 
 def check_hostfile() -> None:
@@ -58,15 +44,15 @@ def check_hostfile() -> None:
     Raises:
         LaunchError: the hostfile named on the launcher's command line is not a file.
     """
-    for process in launcher_processes():
-        words = process.cmdline()
+    for pid in launchers():
+        words = words_of(pid)
         for i, word in enumerate(words):
             name = None
             if word in ("--hostfile", "-H") and i + 1 < len(words):
                 name = words[i + 1]
             elif word.startswith("--hostfile="):
                 name = word.partition("=")[2]
-            if name is not None and not Path(process.cwd(), name).is_file():
+            if name is not None and not Path(folder_of(pid), name).is_file():
                 raise LaunchError(
                     f"--hostfile: {name!r} is not a file; DeepSpeed would train on this host alone. "
                     "An example is launch/hostfile.example"
@@ -93,8 +79,8 @@ def start(timeout_seconds: int) -> None:
     if accelerator_name() == "cpu":
         _load_shared_memory_op()
     _unlink_dead_buffers()
-    _watch_launcher()
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    guard.phase("rendezvous")
+    _rendezvous(timeout)
     accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
@@ -105,6 +91,9 @@ def start(timeout_seconds: int) -> None:
     # a rank is killed. Once every rank has mapped them (the barrier) the names are not needed any more.
     barrier()
     (SHM_FOLDER / _shm_name(rank())).unlink(missing_ok=True)
+    guard.joined(rank(), world_size(), gather_objects(uuid.uuid4().hex[:12])[0])
+    _check_equal_versions()
+    guard.phase("start")
 
 
 def stop() -> None:
@@ -114,6 +103,17 @@ def stop() -> None:
         # the process with it ("terminate called without an active exception", exit code -6, after all work is done).
         gc.collect()
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Leave the process group at the end of a block. After an error nobody waits for the others, who may be gone."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        stop()
+        raise
+    stop()
 
 
 def rank() -> int:
@@ -189,7 +189,62 @@ def all_or_none(what: str) -> Iterator[None]:
         if outcome is not None:
             is_users, reason = outcome
             # A user's mistake stays one on every rank, so that it is answered without a traceback.
-            raise (ValueError if is_users else RuntimeError)(f"{what} failed on rank {index}: {reason}")
+            raise (ValueError if is_users else RankFailedError)(f"{what} failed on rank {index}: {reason}")
+
+
+def _rendezvous(timeout: datetime.timedelta) -> None:
+    """Meet the other ranks.
+
+    Raises:
+        RendezvousError: they, or the place to meet at, cannot be reached.
+    """
+    import deepspeed
+
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    where = f"MASTER_ADDR {address}, MASTER_PORT {port}"
+    if address is not None:
+        try:
+            socket.getaddrinfo(address, port)
+        except OSError as error:
+            raise RendezvousError(
+                f"{where}: {socket.gethostname()} cannot resolve the address ({error.strerror}); give one that all "
+                "hosts know: deepspeed --master_addr"
+            ) from None
+    try:
+        deepspeed.init_distributed(timeout=timeout, verbose=False)
+    except (RuntimeError, OSError, ValueError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = "the other ranks did not come, or a firewall is between the hosts"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            hint = "another process has taken the port; give a free one: deepspeed --master_port"
+        raise RendezvousError(f"{where}: the ranks could not meet: {hint} ({text})") from error
+
+
+def _check_equal_versions() -> None:
+    """Ranks that compute with other versions give other numbers, or none. All ranks must call it.
+
+    Raises:
+        LaunchError: on every rank; names hosts, packages and versions.
+    """
+    mine = {name: importlib.metadata.version(name) for name in VERSIONED}
+    mine |= {"python": platform.python_version(), "vidcls's sources": _sources_digest()}
+    found = gather_objects((socket.gethostname(), mine))
+    differing = [
+        f"{name} is {versions[name]} on {host} (rank {index}) and {found[0][1][name]} on {found[0][0]} (rank 0)"
+        for index, (host, versions) in enumerate(found)
+        for name in mine
+        if versions[name] != found[0][1][name]
+    ]
+    if differing:
+        raise LaunchError(f"versions differ between ranks: {'; '.join(differing[:6])}; install the same on all hosts")
+
+
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _become_single_process() -> None:
@@ -228,24 +283,3 @@ def _unlink_dead_buffers() -> None:
     for path in old:
         if path.name not in mapped:
             path.unlink(missing_ok=True)
-
-
-def _watch_launcher() -> None:
-    """End this rank when a launcher above it is gone: a killed launcher leaves its ranks training on as orphans."""
-    watched = launcher_processes()
-    if not watched:
-        return
-
-    def watch() -> None:
-        while True:
-            time.sleep(1.0)
-            for process in watched:
-                if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                    print(
-                        f"vidcls: rank {rank_from_environment()} leaves: its launcher (pid {process.pid}) is gone",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    os._exit(1)
-
-    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -14,6 +14,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is incomplete, damaged or of another run; names the file and the difference."""
 
 
+class StorageError(RuntimeError):
+    """Output cannot be written: the disk is full, read-only, or not the same on all hosts; names path and bytes."""
+
+
 def seal(folder: Path) -> None:
     """Write the manifest of everything in `folder`, each file on disk before it (fsync)."""
     files = {}

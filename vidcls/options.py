@@ -250,11 +250,23 @@ class RunOptions(Section):
     save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints; the last is always saved")
     save_total_limit: int | None = Field(3, ge=1, description="checkpoints kept")
     save_only_model: bool = Field(False, description="checkpoints without training state: smaller, but no resume")
+    save_every_minutes: float | None = Field(None, gt=0, description="minutes between checkpoints, besides save_steps")
     logging_steps: int = Field(10, ge=1, description="optimizer steps between log lines")
     plot_loss: bool = Field(True, description="write training_loss.png")
     report_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="extra log writers")
     seed: int = Field(42, ge=0, description="order, initial weights, augmentation and dropout follow from it")
     ddp_timeout: int = Field(600, ge=1, description="seconds until a collective that hangs is an error")
+    start_timeout: int = Field(1800, ge=1, description="seconds from the start of a rank to its first step")
+    data_timeout: int = Field(300, ge=1, description="seconds that a rank waits for its next batch")
+    step_timeout: int = Field(
+        660, ge=1, description="seconds of one forward, backward or optimizer step; more than ddp_timeout"
+    )
+    save_timeout: int = Field(1800, ge=1, description="seconds of one checkpoint")
+    stop_timeout: int = Field(300, ge=1, description="seconds from a request to stop until the run has saved and left")
+    max_nonfinite_steps: int = Field(
+        3, ge=1, description="steps in a row with a loss or gradient that is not finite, until the run stops"
+    )
+    log_order: bool = Field(False, description="write the clips of every step to order/, for proofs")
     self_check: bool = Field(True, description="the first steps prove that what should learn does; false: do not")
 
 

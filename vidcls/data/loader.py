@@ -160,6 +160,17 @@ class ClipBatches:
     def __getitem__(self, request: Request) -> Batch:
         return self.read(request)
 
+    def describe(self, request: Request, most: int) -> str:
+        """Where up to `most` of the request's clips lie: "shard: key key; shard: key"."""
+        found: dict[str, list[str]] = {}
+        for place, sample in enumerate(request.samples[:most]):
+            index = self.sources[request.sources[place] if request.sources else 0].index
+            shard = f"{index.folder.name}/{index.shards[index.shard[sample]].name}"
+            found.setdefault(shard, []).append(index.keys[sample])
+        rest = len(request.samples) - most
+        told = "; ".join(f"{shard}: {' '.join(keys)}" for shard, keys in found.items())
+        return told if rest <= 0 else f"{told} and {rest} more"
+
     def read(self, request: Request, into: np.ndarray | None = None) -> Batch:
         """The batch; its frames lie at the start of `into` (uint8), if that is given."""
         self._announce(request.ahead)

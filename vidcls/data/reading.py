@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
+import signal
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,20 +20,65 @@ from vidcls.data.batch import Batch
 from vidcls.data.loader import ClipBatches, Request
 from vidcls.data.slots import FrameSlots
 
-WORKER_TIMEOUT_SECONDS = 300
+WORKER_SECONDS = 300
 PREFETCHED = 2  # batches under way per worker
+CLIPS_NAMED = 8  # of a batch
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
-def read_batches(clips: ClipBatches, requests: Iterable[Request], *, workers: int, pin: bool) -> Iterator[Batch]:
+class LoaderError(RuntimeError):
+    """A loader worker died or gave nothing for too long; names the clips that were waited for."""
+
+
+class BatchReader:
+    """An iterator of batches that knows which clips come next, and how long it was waited for."""
+
+    def __init__(self, clips: ClipBatches, requests: Iterable[Request], *, workers: int, pin: bool, seconds: int):
+        self.waited = 0.0  # seconds that the consumer has waited, in all
+        self._clips = clips
+        self._asked: deque[Request] = deque()
+        asked = map(self._remember, requests)
+        self._workers = workers
+        self._batches = _read_by_workers(clips, asked, workers, seconds) if workers else map(clips.__getitem__, asked)
+        self._pin = pin
+
+    def __iter__(self) -> BatchReader:
+        return self
+
+    def __next__(self) -> Batch:
+        start = time.perf_counter()
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:  # DataLoader's own words name neither shard nor clip
+            if not self._workers or not str(error).startswith("DataLoader"):
+                raise
+            reason = str(error).removesuffix(". ")
+            raise LoaderError(f"a loader worker failed: {reason}; waited for {self.awaited()}") from error
+        self._asked.popleft()
+        self.waited += time.perf_counter() - start
+        return batch.pin_memory() if self._pin else batch
+
+    def awaited(self) -> str:
+        """Shards and keys of the next batch, or "" when none has been asked for yet."""
+        return self._clips.describe(self._asked[0], CLIPS_NAMED) if self._asked else ""
+
+    def _remember(self, request: Request) -> Request:
+        self._asked.append(request)
+        return request
+
+
+def read_batches(
+    clips: ClipBatches, requests: Iterable[Request], *, workers: int, pin: bool, seconds: int = WORKER_SECONDS
+) -> BatchReader:
     """Read requests in order with `workers` processes ahead of the consumer (0: in this process).
 
-    The workers start at once. One that gives nothing for 300 s raises RuntimeError instead of hanging the run.
+    The workers start at once. One that dies, or gives nothing for `seconds`, raises LoaderError instead of hanging
+    the run.
     """
-    batches = _read_by_workers(clips, iter(requests), workers) if workers else map(clips.__getitem__, requests)
-    return (batch.pin_memory() for batch in batches) if pin else batches
+    return BatchReader(clips, requests, workers=workers, pin=pin, seconds=seconds)
 
 
-def _read_by_workers(clips: ClipBatches, requests: Iterator[Request], workers: int) -> Iterator[Batch]:
+def _read_by_workers(clips: ClipBatches, requests: Iterator[Request], workers: int, seconds: int) -> Iterator[Batch]:
     first = list(itertools.islice(requests, 1))
     most = max((len(request.samples) for request in first), default=1)
     # Two more than are under way: the one that the consumer is given, and the one that it still has.
@@ -44,7 +94,8 @@ def _read_by_workers(clips: ClipBatches, requests: Iterator[Request], workers: i
         num_workers=workers,
         prefetch_factor=PREFETCHED,
         collate_fn=_unchanged,  # type: ignore[arg-type]
-        timeout=WORKER_TIMEOUT_SECONDS,
+        timeout=seconds,
+        worker_init_fn=_start_worker,
         multiprocessing_context="fork",  # the slots are inherited
     )
     return (parcel.unpack(slots) for parcel in loader)
@@ -91,6 +142,15 @@ class _Sender(Dataset[_Parcel]):
         request, slot = task
         into = None if slot is None else self.slots.view(slot, self.slots.size)
         return _Parcel.pack(self.clips.read(request, into), slot)
+
+
+def _start_worker(number: int) -> None:
+    """Workers end with their rank, and by nothing else: cluster managers signal every process of a job, and a rank
+    that is asked to stop still needs its batches for the step under way."""
+    for name in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):  # Linux; elsewhere torch's own look at the parent, every 5 s
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _unchanged(parcel: _Parcel) -> _Parcel:

@@ -16,6 +16,7 @@ from vidcls.data.labels import LabelSpace
 from vidcls.data.loader import ClipBatches, evaluation_requests
 from vidcls.data.reading import read_batches
 from vidcls.evaluation.metrics import Metrics, compute_metrics
+from vidcls.faults import guard
 
 METRICS_NAME = "eval.json"
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -57,9 +58,11 @@ def predict_batches(
     """
     predictions = []
     device = distributed.device()
+    guard.phase("evaluate")
     # Not inference_mode: under ZeRO-3 training goes on with weights that were gathered here.
     with torch.no_grad():
         for batch in batches:
+            guard.phase("evaluate", clips=", ".join(batch.keys))
             logits_BC = model(**batch.to(device).model_inputs())
             try:
                 scores_BC = class_scores(logits_BC, classes).cpu().numpy()

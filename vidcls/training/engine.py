@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,6 +15,8 @@ from torch import nn
 from vidcls import distributed
 from vidcls.config import BatchPlan, Config
 from vidcls.data.batch import Batch
+from vidcls.data.reading import BatchReader
+from vidcls.faults import guard
 from vidcls.training.objective import Objective, Tally
 from vidcls.training.optimizer import build_adam, parameter_groups, set_learning_rate
 from vidcls.training.partitioning import keep_shared
@@ -54,6 +56,9 @@ class StepResult:
     loss: torch.Tensor  # this rank's mean over its clips of the step; one that could not be read counts as 0
     grad_norm: torch.Tensor | float  # global, before clipping
     bad: tuple[tuple[str, str], ...]  # (key, reason) of this rank's clips that could not be read
+    keys: tuple[str, ...]  # of this rank's clips
+    applied: bool  # False on every rank where loss or gradient was not finite: DeepSpeed has skipped the step
+    suspects: tuple[str, ...]  # of a skipped step: keys of this rank's clips whose own loss was not finite
 
 
 Observer: TypeAlias = Callable[[Batch, torch.Tensor], None]
@@ -62,7 +67,7 @@ Observer: TypeAlias = Callable[[Batch, torch.Tensor], None]
 
 def train_step(
     engine: Engine,
-    batches: Iterator[Batch],
+    batches: BatchReader,
     objective: Objective,
     tally: Tally,
     *,
@@ -79,8 +84,12 @@ def train_step(
     set_learning_rate(engine.optimizer, rate)
     total = torch.zeros((), device=engine.device)
     bad: tuple[tuple[str, str], ...] = ()
+    seen: list[tuple[tuple[str, ...], torch.Tensor]] = []  # keys and losses of each micro-batch
     for micro_step in range(accumulation):
+        guard.phase("data", step, batches.awaited())
         batch = next(batches).to(engine.device)
+        clips = ", ".join(batch.keys)
+        guard.phase("forward", step, clips)
         # Dropout follows from (seed, step, micro-step, rank) alone: a resumed run needs no generator state.
         distributed.seed_everything(_dropout_seed(seed, step, micro_step, distributed.rank()))
         outputs = engine(**batch.model_inputs())
@@ -93,11 +102,31 @@ def train_step(
             losses_B = losses_B + objective.lm_loss_weight * answers_B
         # By all rows, not by their weights: a clip's share of the gradient must not grow when another cannot be read.
         loss = (losses_B * batch.weights_B).sum() / len(batch)
+        guard.phase("backward", step, clips)
         engine.backward(loss)  # DeepSpeed divides by the accumulation count and averages over ranks
+        guard.phase("step", step, clips)
         engine.step()
         total += loss.detach()
         bad += batch.bad
-    return StepResult(loss=total / accumulation, grad_norm=engine.get_global_grad_norm(), bad=bad)
+        seen.append((tuple(batch.keys), losses_B.detach()))
+    applied = engine.was_step_applied()
+    return StepResult(
+        loss=total / accumulation,
+        grad_norm=engine.get_global_grad_norm(),
+        bad=bad,
+        keys=tuple(key for keys, _ in seen for key in keys),
+        applied=applied,
+        suspects=() if applied else _not_finite(seen),
+    )
+
+
+def _not_finite(seen: list[tuple[tuple[str, ...], torch.Tensor]]) -> tuple[str, ...]:
+    return tuple(
+        key
+        for keys, losses_B in seen
+        for key, finite in zip(keys, losses_B.isfinite().tolist(), strict=True)
+        if not finite
+    )
 
 
 def _dropout_seed(*numbers: int) -> int:

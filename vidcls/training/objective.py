@@ -84,6 +84,10 @@ class Tally:
             if answers_B is not None:
                 self.answer_loss.add_((answers_B * batch.weights_B).sum())
 
+    def add_all(self, other: Tally) -> None:
+        self.by_source_S3.add_(other.by_source_S3)
+        self.answer_loss.add_(other.answer_loss)
+
     def clear(self) -> None:
         self.by_source_S3.zero_()
         self.answer_loss.zero_()

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from vidcls import distributed
+from vidcls.faults import guard
+from vidcls.faults.lock import lock_output
 from vidcls.model.classifier import ActionClassifier
 from vidcls.model.tuning import format_table, trained_table
 from vidcls.training import checkpoint
 from vidcls.training.best import BEST_NAME, LEFT_BEHIND
 from vidcls.training.data_sets import describe
 from vidcls.training.evaluating import EVALUATIONS_NAME
+from vidcls.training.order_log import FOLDER_NAME as ORDER_NAME
+from vidcls.training.order_log import OrderLog
 from vidcls.training.saving import CONFIG_NAME
 from vidcls.training.setup import Run
-from vidcls.training.telemetry import BOARD_NAME, LOG_NAME, PLOT_NAME, WANDB_NAME, RunLog
+from vidcls.training.telemetry import BOARD_NAME, LOG_NAME, PLOT_NAME, WANDB_NAME, RunLog, plot_loss
+
+OUTCOME_NAME = "outcome.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended well. step: optimizer steps done, of `steps`; checkpoint: the last one that was saved."""
+
+    step: int
+    steps: int
+    checkpoint: Path | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.steps
 
 
 def open_log(run: Run, model: ActionClassifier) -> RunLog | None:
@@ -33,13 +55,41 @@ def open_log(run: Run, model: ActionClassifier) -> RunLog | None:
     return log
 
 
+def open_order_log(run: Run) -> OrderLog | None:
+    """With log_order, each rank's own. All ranks must call it."""
+    if not run.config.run.log_order:
+        return None
+    order = None
+    with distributed.all_or_none(f"opening the order log in {run.output_dir}"):
+        order = OrderLog(run.output_dir)
+    return order
+
+
+def finish_output(run: Run, outcome: Outcome) -> None:
+    """Say that training ended well, for whoever started it: outcome.json, and the picture. All ranks must call it."""
+    with distributed.all_or_none(f"writing {run.output_dir / OUTCOME_NAME}"):
+        if distributed.is_main():
+            if run.config.run.plot_loss:
+                plot_loss(run.output_dir)
+            word = "finished" if outcome.finished else "stopped"
+            content = {"outcome": word, "step": outcome.step, "steps": outcome.steps}
+            content |= {"launch": guard.launch(), "time": time.time()}
+            path = run.output_dir / OUTCOME_NAME
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            temporary.replace(path)
+            (run.output_dir / guard.STOP_NAME).unlink(missing_ok=True)
+
+
 def _open_log(run: Run) -> RunLog:
     folder = run.output_dir
-    if run.config.run.overwrite_output_dir and run.resume is None and folder.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_output(folder)
+    (folder / OUTCOME_NAME).unlink(missing_ok=True)
+    if run.config.run.overwrite_output_dir and run.resume is None:
         _remove_outputs(folder)
     for beyond in checkpoint.set_aside_after(folder, run.start.step):
         print(f"vidcls: {beyond} is beyond step {run.start.step} and set aside", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).write_text(run.config.dump(), encoding="utf-8")
     return RunLog(
         folder,
@@ -52,7 +102,7 @@ def _open_log(run: Run) -> RunLog:
 
 def _remove_outputs(folder: Path) -> None:
     """Delete what an earlier run wrote, and nothing else that a user keeps in the folder."""
-    names = (CONFIG_NAME, LOG_NAME, PLOT_NAME, BOARD_NAME, WANDB_NAME, "wandb", EVALUATIONS_NAME, BEST_NAME)
+    names = (CONFIG_NAME, LOG_NAME, PLOT_NAME, BOARD_NAME, WANDB_NAME, "wandb", EVALUATIONS_NAME, BEST_NAME, ORDER_NAME)
     for pattern in (*names, *LEFT_BEHIND, "checkpoint-*", "checkpoint.tmp-*"):
         for path in folder.glob(pattern):
             if path.is_dir():

@@ -14,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vidcls.data.reading import BatchReader
+
 LOG_NAME = "train_log.jsonl"
 PLOT_NAME = "training_loss.png"
 BOARD_NAME = "tensorboard"
@@ -23,9 +25,9 @@ WANDB_NAME = "wandb_id"
 class StepClock:
     """Wall time between log lines, and how much of it the loop waited for data."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._waited = 0.0
+    def __init__(self, batches: BatchReader) -> None:
+        self._batches = batches
+        self._restart()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -34,35 +36,19 @@ class StepClock:
         yield
         self._start += time.perf_counter() - begin
 
-    def waiting(self, seconds: float) -> None:
-        self._waited += seconds
-
     def read(self, samples: int) -> dict[str, float]:
         """Rates since the last read, for `samples` clips over all ranks; then starts again."""
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         rates = {
             "samples_per_second": round(samples / elapsed, 3),
-            "data_wait_fraction": round(self._waited / elapsed, 4),
+            "data_wait_fraction": round((self._batches.waited - self._waited) / elapsed, 4),
         }
-        self.__init__()  # type: ignore[misc]
+        self._restart()
         return rates
 
-
-class TimedIterator:
-    """An iterator that reports the time its consumer waits for it."""
-
-    def __init__(self, iterator: Any, clock: StepClock) -> None:
-        self._iterator = iterator
-        self._clock = clock
-
-    def __iter__(self) -> TimedIterator:
-        return self
-
-    def __next__(self) -> Any:
-        start = time.perf_counter()
-        item = next(self._iterator)
-        self._clock.waiting(time.perf_counter() - start)
-        return item
+    def _restart(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = self._batches.waited
 
 
 class RunLog:

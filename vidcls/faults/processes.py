@@ -1,0 +1,91 @@
+"""Processes of this host as /proc shows them: also those that are stopped, and those that are not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def rank_from_environment() -> int:
+    """This process's rank before the process group exists (0 when there is no launcher)."""
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def state_of(pid: int) -> str:
+    """The kernel's word for what a process does: "T" stopped, "D" waiting for a disk, ...; "" when it is gone."""
+    return _stat(pid)[0]
+
+
+def start_of(pid: int) -> int | None:
+    """When a process started, in the kernel's ticks; with its id it names a process for good. None: it is gone."""
+    fields = _stat(pid)
+    return None if fields[0] in ("", "Z", "X") else int(fields[19])
+
+
+def parent_of(pid: int) -> int:
+    """0 when the process is gone."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields[0] else 0
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on: the second, a name, may hold blanks and brackets."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return [""]
+
+
+def words_of(pid: int) -> list[str]:
+    """Its command line; [] when the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
+
+
+def folder_of(pid: int) -> Path:
+    """The working folder of a process."""
+    return Path(os.readlink(f"/proc/{pid}/cwd"))
+
+
+def is_deepspeed(words: list[str]) -> bool:
+    """Whether a command line is one of DeepSpeed's launcher: the `deepspeed` command, or what it starts on a host."""
+    return any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in words[:5])
+
+
+def launchers() -> list[int]:
+    """The processes without which this one must not go on, nearest first.
+
+    They are DeepSpeed's above it on this host. On a host that was reached over SSH the `deepspeed` command is
+    elsewhere, so the SSH session stands for it: it ends when the command, its pdsh or the link to them does.
+    """
+    above = list(ancestors(os.getpid()))
+    ours = [pid for pid in above if is_deepspeed(words_of(pid))]
+    is_command = any(Path(word).name == "deepspeed" for pid in ours for word in words_of(pid)[:5])
+    if not ours or is_command:
+        return ours
+    session = above[above.index(ours[-1]) + 1 :]
+    for place, pid in enumerate(session):
+        if Path((words_of(pid) or [""])[0].split(":")[0]).name.startswith("sshd"):
+            return ours + session[: place + 1]
+    return ours
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    while (pid := parent_of(pid)) > 1:
+        yield pid
+
+
+def exit_now(code: int) -> None:
+    """Leave without unwinding: threads of a broken process group would hold the interpreter."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -67,9 +67,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
             raise ValueError(f"{where}: must be a host name and its ranks, such as 'node1 slots=8'")
         host, slots = match["host"], int(match["slots"])
         if not _HOST.fullmatch(host):
-            raise ValueError(
-                f"{where}: {host!r} must be one host name or user@name; lists, ranges and IPv6 do not work"
-            )
+            raise ValueError(f"{where}: {host!r} must be one host name or user@name: no lists, ranges or IPv6")
         if slots < 1:
             raise ValueError(f"{where}: slots must be at least 1; leave the line out to leave the host out")
         if host in hosts:

@@ -25,12 +25,15 @@ import torch
 from vidcls.faults import guard
 from vidcls.faults.causes import RankFailedError, RendezvousError
 from vidcls.faults.processes import folder_of, launchers, words_of
+from vidcls.manifest import StorageError
 from vidcls.ops import load_op
 
 SHM_FOLDER = Path("/dev/shm")
 SHM_PREFIX = "deepspeed_allreduce_buffer"
 SHM_AGE = 60  # seconds; a younger one may belong to a rank that is about to map it
 VERSIONED = ("torch", "deepspeed", "transformers", "peft", "safetensors", "numpy", "vidcls")
+# Kinds of failure that stay what they are on every rank, because the command answers each in its own way.
+CARRIED = (StorageError, ValueError)
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
@@ -182,14 +185,14 @@ def all_or_none(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         failure = error
-    outcomes = gather_objects(None if failure is None else (isinstance(failure, ValueError), str(failure)))
+    kind = next((cls for cls in CARRIED if isinstance(failure, cls)), RankFailedError)
+    outcomes = gather_objects(None if failure is None else (kind, str(failure)))
     if failure is not None:
         raise failure
     for index, outcome in enumerate(outcomes):
         if outcome is not None:
-            is_users, reason = outcome
-            # A user's mistake stays one on every rank, so that it is answered without a traceback.
-            raise (ValueError if is_users else RankFailedError)(f"{what} failed on rank {index}: {reason}")
+            kind, reason = outcome
+            raise kind(f"{what} failed on rank {index}: {reason}")
 
 
 def _rendezvous(timeout: datetime.timedelta) -> None:

@@ -246,10 +246,14 @@ class RunOptions(Section):
     resume_from_checkpoint: Annotated[str | None, TrueMeansLatest] = Field(
         None, description="a checkpoint folder, or 'latest' in output_dir (fresh start if it has none)"
     )
+    resume_with_changes: Annotated[list[str], CommaList] = Field(
+        default_factory=list, description="keys whose value may differ from the checkpoint's, though it decides numbers"
+    )
     deepspeed: str = Field("ds_configs/zero2.json", description="ZeRO and communication settings (JSON)")
     save_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints; the last is always saved")
     save_total_limit: int | None = Field(3, ge=1, description="checkpoints kept")
     save_only_model: bool = Field(False, description="checkpoints without training state: smaller, but no resume")
+    save_deepspeed_state: bool = Field(False, description="add DeepSpeed's own state to checkpoints, for its tools")
     save_every_minutes: float | None = Field(None, gt=0, description="minutes between checkpoints, besides save_steps")
     logging_steps: int = Field(10, ge=1, description="optimizer steps between log lines")
     plot_loss: bool = Field(True, description="write training_loss.png")

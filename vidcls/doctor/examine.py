@@ -112,6 +112,8 @@ class _Examination:
                 self.report.looked([host], check)
                 continue
             column = error.check or check
+            if column != check == "ssh":
+                self.report.looked([host], "ssh")  # it led as far as a process that failed
             self.report.looked([host], column, [Finding(host, column, FAIL, error.fault.name, error.fault.fix)])
             self.sessions.pop(host).end()
         return results

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import socket
 import struct
 import threading
@@ -146,8 +145,7 @@ def _holder(port: int) -> str | None:
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.readlink(descriptor) in inodes:
-                words = (
-                    Path(descriptor.parents[1], "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
-                return f"pid {descriptor.parents[1].name} ({re.sub(r'[^ -~]', '?', words.strip())[:80]})"
+                process = descriptor.parents[1]
+                words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                return f"pid {process.name} ({words.strip()[:80]})"
     return None

@@ -122,43 +122,43 @@ def run_for(words: list[str], seconds: float) -> Answer:
 _SSH_FAULTS = (
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED|Offending .* key",
-        "ssh: host key changed",
+        "host key changed",
         "if {host} was installed anew: ssh-keygen -R {bare}, then `ssh {host}` once; if not, find out who answers",
     ),
     (
         r"Host key verification failed|No .* host key is known",
-        "ssh: host key unknown",
+        "host key unknown",
         "run `ssh {host}` once and accept its key, or put the keys of all hosts into ~/.ssh/known_hosts",
     ),
     (
         r"Too many authentication failures",
-        "ssh: permission denied",
+        "permission denied",
         "ssh offers {host} too many keys: set IdentityFile and IdentitiesOnly yes for it in ~/.ssh/config",
     ),
-    (r"Permission denied", "ssh: permission denied", "ssh-copy-id {host}; the key must work without a password"),
+    (r"Permission denied", "permission denied", "ssh-copy-id {host}; the key must work without a password"),
     (
         r"Could not resolve|Name or service not known|Temporary failure in name resolution",
-        "ssh: unknown host name",
+        "unknown host name",
         "{bare} does not resolve: check its spelling in the hostfile, /etc/hosts and DNS",
     ),
     (
         r"Connection refused",
-        "ssh: connection refused",
+        "connection refused",
         "{host} is up but no sshd listens: start it there (systemctl start ssh), or set Port in ~/.ssh/config",
     ),
     (
         r"No route to host|Network is unreachable",
-        "ssh: no route to host",
+        "no route to host",
         "{host} is off or its network is: power it on, check cable and routes",
     ),
     (
         r"timed out|Timeout, server",
-        "ssh: timed out",
+        "timed out",
         "{host} does not answer: it is off, hangs, or a firewall drops port 22",
     ),
     (
         r"kex_exchange_identification|Connection closed|Connection reset|banner",
-        "ssh: connection closed",
+        "connection closed",
         "sshd on {host} turns connections away: look at MaxStartups, its log, fail2ban and the file system it is on",
     ),
 )
@@ -167,14 +167,14 @@ _SSH_FAULTS = (
 def ssh_fault(host: str, answer: Answer) -> Fault | None:
     """Why ssh did not reach `host`, or None when it did (then code and output are the remote command's)."""
     if answer.code is None:
-        return Fault("ssh: no answer in time", f"{host} accepts connections but does not go on: it hangs, reboot it")
+        return Fault("no answer in time", f"{host} accepts connections but does not go on: it hangs, reboot it")
     if answer.code != 255:  # ssh's own code; any other is the remote command's
         return None
     for pattern, name, fix in _SSH_FAULTS:
         if re.search(pattern, answer.errors):
             return Fault(name, fix.format(host=host, bare=host.rpartition("@")[2]))
     said = answer.errors.strip().splitlines()
-    return Fault("ssh: failed", f"try `ssh {host} true`; it said: {said[-1] if said else 'nothing'}")
+    return Fault("failed", f"try `ssh {host} true`; it said: {said[-1] if said else 'nothing'}")
 
 
 def probe(host: str, seconds: float) -> str | None:
@@ -185,7 +185,7 @@ def probe(host: str, seconds: float) -> str | None:
         return "ssh: no ssh command: install openssh-client on this host"
     fault = ssh_fault(host, answer)
     if fault is not None:
-        return str(fault)
+        return f"ssh: {fault}"
     if answer.code != 0:
         return f"ssh: login shell fails: `ssh {host} true` exits with {answer.code}; look at the shell's start files"
     return None

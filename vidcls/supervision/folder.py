@@ -1,0 +1,100 @@
+"""What a run leaves in its output folder, as a supervisor reads it: without torch, and at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from vidcls.faults.guard import STOP_NAME
+from vidcls.faults.reports import FOLDER_NAME as FAILURES_NAME
+from vidcls.manifest import MANIFEST_NAME
+
+# Written by vidcls.training, which cannot be imported here: it imports torch.
+OUTCOME_NAME = "outcome.json"
+LOG_NAME = "train_log.jsonl"
+CONFIG_NAME = "config.yaml"
+STATE_NAME = "training_state.json"
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest that was published with all it takes to resume. The run itself verifies it."""
+        found = [(int(number), path) for path in self.path.glob("checkpoint-*")
+                 if (number := path.name.partition("-")[2]).isdigit()
+                 and (path / MANIFEST_NAME).is_file() and (path / STATE_NAME).is_file()]  # fmt: skip
+        return max(found)[1] if found else None
+
+    def outcome(self) -> dict[str, Any]:
+        """{} when the last launch did not end well."""
+        return _read_object(self.path / OUTCOME_NAME)
+
+    def forget_outcome(self) -> None:
+        """So that the next one can only be the next launch's, whatever the clocks of the hosts say."""
+        (self.path / OUTCOME_NAME).unlink(missing_ok=True)
+
+    def reports(self) -> set[str]:
+        folder = self.path / FAILURES_NAME
+        with contextlib.suppress(OSError):
+            return {path.name for path in folder.glob("*.json")}
+        return set()
+
+    def read_reports(self, names: set[str]) -> list[dict[str, Any]]:
+        """Oldest first; unreadable ones are left out."""
+        found = [_read_object(self.path / FAILURES_NAME / name) for name in names]
+        return sorted((report for report in found if report), key=lambda report: report.get("time", 0.0))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The log's rows with a loss, by step."""
+        rows = []
+        with contextlib.suppress(OSError), (self.path / LOG_NAME).open(encoding="utf-8") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+        return [row for row in rows if isinstance(row, dict) and "step" in row]
+
+    def log_size(self) -> int:
+        with contextlib.suppress(OSError):
+            return (self.path / LOG_NAME).stat().st_size
+        return 0
+
+    def begun(self) -> tuple[int, int] | None:
+        """Changes whenever a run begins here: it writes its configuration."""
+        with contextlib.suppress(OSError):
+            stat = (self.path / CONFIG_NAME).stat()
+            return stat.st_mtime_ns, stat.st_ino
+        return None
+
+    def ask_to_stop(self) -> None:
+        """Raises OSError where nothing can be written."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / STOP_NAME).touch()
+
+    def take_back_stop(self) -> None:
+        (self.path / STOP_NAME).unlink(missing_ok=True)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps done at a checkpoint; 0 without one."""
+    if checkpoint is None:
+        return 0
+    return int(_read_object(checkpoint / STATE_NAME).get("step", 0))
+
+
+def global_batch_of(checkpoint: Path | None) -> int | None:
+    if checkpoint is None:
+        return None
+    stream = _read_object(checkpoint / STATE_NAME).get("stream", {})
+    return stream.get("global_batch") if isinstance(stream, dict) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    return {}

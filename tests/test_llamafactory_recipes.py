@@ -139,7 +139,7 @@ class TestLaunched:
     def test_a_checkpoint_and_a_picture(self, finished: Finished) -> None:
         assert {"config.yaml", "training_loss.png", "train_log.jsonl"} <= {path.name for path in finished.run.iterdir()}
         assert not (finished.run / "tensorboard").exists()  # report_to: none
-        assert (finished.checkpoint / "training_state.safetensors").is_file()  # save_only_model: false
+        assert (finished.checkpoint / "training_state.json").is_file()  # save_only_model: false
         adapter = load_file(finished.checkpoint / "adapter_model.safetensors")
         assert any("lora_magnitude_vector" in name for name in adapter)  # use_dora
         assert {t.shape[0] for name, t in adapter.items() if "lora_A" in name} == {16}

@@ -139,10 +139,12 @@ TESTED: dict[str, str] = {
     "output_dir": f"{COMMAND}::test_the_output_folder_has_what_is_promised",
     "overwrite_output_dir": f"{HERE}::test_overwrite_output_dir",
     "resume_from_checkpoint": f"{RESUME}::test_the_log_goes_on_bit_for_bit",
+    "resume_with_changes": f"{HERE}::test_resume_with_changes",
     "deepspeed": f"{HERE}::test_deepspeed",
     "save_steps": f"{COMMAND}::test_the_output_folder_has_what_is_promised",
     "save_total_limit": f"{COMMAND}::test_the_output_folder_has_what_is_promised",
     "save_only_model": f"{HERE}::test_save_only_model",
+    "save_deepspeed_state": "tests/training/test_damage.py::test_deepspeeds_tools_find_the_same_weights",
     "logging_steps": f"{COMMAND}::test_the_output_folder_has_what_is_promised",
     "plot_loss": f"{HERE}::test_plot_loss_and_report_to",
     "report_to": f"{HERE}::test_plot_loss_and_report_to",
@@ -918,9 +920,43 @@ def test_overwrite_output_dir(runs: Path) -> None:
 def test_save_only_model(runs: Path, prepare: Prepare) -> None:
     """save_only_model: smaller checkpoints, which evaluate and cannot be resumed."""
     names = [{p.name for p in (runs / run / "checkpoint-2").iterdir()} for run in ("told", "over")]
-    assert names[1] - names[0] == {"training_state.json", "training_state.safetensors"}
+    assert names[1] - names[0] == {
+        "training_state.json",
+        "training_state-00001-of-00002.safetensors",
+        "training_state-00002-of-00002.safetensors",
+    }
     with pytest.raises(CheckpointError, match="no training state: it was written with save_only_model"):
         prepare(resume_from_checkpoint=str(runs / "told" / "checkpoint-2"))
+
+
+@pytest.mark.launch
+def test_resume_with_changes(runs: Path, prepare: Prepare) -> None:
+    """Every key that decides numbers and differs is named at once; those of resume_with_changes may."""
+    half = {"resume_from_checkpoint": str(runs / "over" / "checkpoint-1"), "bf16": True, "lora_rank": 16}
+    half |= {"per_device_train_batch_size": 4, "max_steps": 2}  # of two ranks with 2 each
+    assert prepare(**half).start.step == 1
+    with pytest.raises(CheckpointError) as refused:
+        prepare(**half | {"max_steps": 3, "learning_rate": 0.1, "seed": 1, "color_jitter": 0.5})
+    said = str(refused.value)
+    for key, then, now in (
+        ("max_steps", 2, 3),
+        ("learning_rate", 5e-05, 0.1),
+        ("seed", 42, 1),
+        ("color_jitter", 0.0, 0.5),
+    ):
+        assert said.count(f"{key} is {then!r} in the checkpoint and {now!r} in this run") == 1
+    run = prepare(**half | {"max_steps": 3, "learning_rate": 0.1, "resume_with_changes": "max_steps,learning_rate"})
+    assert (run.start.step, run.steps, run.config.optim.learning_rate) == (1, 3, 0.1)
+    # What stood in the way once does not a second time: the stream that is stored next is that of the new recipe.
+    run = prepare(**half | {"seed": 1, "max_samples": 20, "resume_with_changes": ["seed", "max_samples"]})
+    assert run.start.stream["default/clips"] == 20
+    with pytest.raises(
+        CheckpointError, match=r"^resume_from_checkpoint: seed is 42 in the checkpoint and 1 in this run;"
+    ):
+        prepare(**half | {"seed": 1, "max_samples": 20, "resume_with_changes": ["max_samples"]})
+    for names, reason in (("lerning_rate", "is no key of a recipe"), ("save_steps", "may always differ; leave it out")):
+        with pytest.raises(ConfigError, match=f"resume_with_changes: '{names}' {reason}"):
+            prepare(**half | {"resume_with_changes": names})
 
 
 @pytest.mark.launch

@@ -70,8 +70,10 @@ def test_the_output_folder_has_what_is_promised(finished_run: Path) -> None:
         "action_token.safetensors",
         "heads/default/label_map.json",
         "tokenizer.json",
-        "training_state.safetensors",
+        "training_state-00001-of-00002.safetensors",
+        "training_state-00002-of-00002.safetensors",
         "MANIFEST.json",
+        "COMPLETE",
     }
 
 

@@ -111,7 +111,11 @@ class Config(BaseModel):
 
     def dump(self) -> str:
         """The resolved recipe as YAML, which repeats the run: it neither resumes nor overwrites anything."""
-        fresh = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+        fresh: dict[str, Any] = {
+            "resume_from_checkpoint": None,
+            "resume_with_changes": [],
+            "overwrite_output_dir": False,
+        }
         return yaml.safe_dump({**self.flat(), **fresh}, sort_keys=False, allow_unicode=True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vidcls.data.index import ShardIndex
+from vidcls.manifest import seal
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import (
     LABELS_NAME,
@@ -64,4 +65,5 @@ def make_checkpoint(folder: Path, shards: dict[str, Path]) -> Path:
         index.labels.save(head_folder(folder, name) / LABELS_NAME)
         settings = json.dumps(index.settings.to_dict())
         (head_folder(folder, name) / PREPROCESSING_NAME).write_text(settings, encoding="utf-8")
+    seal(folder)
     return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vidcls.manifest import CheckpointError, seal, verify
+from vidcls.manifest import CheckpointError, StorageError, seal, verify
 from vidcls.training.best import publish_best
 
 
@@ -16,7 +16,9 @@ def checkpoint(output_dir: Path, step: int) -> Path:
     (folder / "heads" / "a").mkdir(parents=True)
     (folder / "vidcls_model.json").write_text(f"spec {step}")
     (folder / "heads" / "a" / "label_map.json").write_text(f"labels {step}")
-    (folder / "training_state.safetensors").write_text("moments")
+    (folder / "training_state-00001-of-00001.safetensors").write_text("moments")
+    (folder / "deepspeed").mkdir()
+    (folder / "deepspeed" / "latest").write_text("state")
     (folder / "training_state.json").write_text("step")
     seal(folder)
     (folder / "evaluation").mkdir()  # not part of the checkpoint
@@ -35,7 +37,7 @@ def test_it_holds_what_inference_reads(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no hard links here")))
     best = publish_best(source, tmp_path, {"step": 8})
     assert best == tmp_path / "best"
-    assert files(best) == {"vidcls_model.json", "heads/a/label_map.json", "best.json", "MANIFEST.json"}
+    assert files(best) == {"vidcls_model.json", "heads/a/label_map.json", "best.json", "MANIFEST.json", "COMPLETE"}
     verify(best)
     assert json.loads((best / "best.json").read_text()) == {"step": 8}
     same = (best / "vidcls_model.json").stat().st_ino == (source / "vidcls_model.json").stat().st_ino
@@ -64,9 +66,9 @@ def test_a_full_disk_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = checkpoint(tmp_path, 8)
 
     def full(folder: Path) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(28, "No space left on device", str(folder))
 
     monkeypatch.setattr("vidcls.training.best.seal", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StorageError, match=r"best\.tmp-\w+ cannot be written: No space left on device; \d+ bytes"):
         publish_best(source, tmp_path, {})
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8"}

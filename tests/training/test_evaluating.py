@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from tests.support import launch
@@ -26,6 +25,7 @@ from vidcls.manifest import CheckpointError, verify
 from vidcls.model.pretrained import build_encoder, load_model
 from vidcls.training.data_sets import open_data_sets
 from vidcls.training.evaluating import Evaluation, Evaluations, Schedule, open_eval_clips
+from vidcls.training.sharded_state import StoredState
 
 EVERY_TWO = Schedule(every=2, last=100, clips_per_epoch=26, global_batch=4)
 
@@ -336,8 +336,8 @@ def runs(small_shards: Path, up_down: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("case", CASES)
 def test_training_does_not_notice_evaluations(runs: Path, case: str) -> None:
     """Masters, moments and averages are the same bits."""
-    name = f"checkpoint-{STEPS}/training_state.safetensors"
-    alone, evaluated = load_file(runs / case / name), load_file(runs / f"{case}-evaluated" / name)
+    name = f"checkpoint-{STEPS}"
+    alone, evaluated = StoredState.open(runs / case / name), StoredState.open(runs / f"{case}-evaluated" / name)
     assert alone.keys() == evaluated.keys()
     assert [key for key in alone if not torch.equal(alone[key], evaluated[key])] == []
     found = [json.loads(line) for line in (runs / f"{case}-evaluated" / "evaluations.jsonl").read_text().splitlines()]

@@ -21,7 +21,7 @@ from tests.training.plain import FIRST, PlainResult, train_plainly
 from vidcls.data.index import ShardIndex
 from vidcls.data.loader import Request
 from vidcls.model.pretrained import load_model, read_spec
-from vidcls.training import checkpoint
+from vidcls.training.sharded_state import StoredState
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(1800)]
 
@@ -112,7 +112,7 @@ def test_steps_equal_a_plain_loop(
     for row, loss, norm in zip(map(json.loads, log), expected.losses, expected.grad_norms, strict=True):
         assert row["loss"] == pytest.approx(loss, rel=2e-5), row
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-4), row
-    found = checkpoint.read_tensors(runs[method, stage, head])
+    found = StoredState.open(runs[method, stage, head])
     assert found.keys() == expected.tensors.keys()
     for name, start in expected.initial.items():
         moved = expected.tensors[f"weight/{name}"] - start

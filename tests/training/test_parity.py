@@ -24,11 +24,11 @@ from vidcls.config import config_from_values
 from vidcls.data.loader import Request
 from vidcls.model.pretrained import read_spec
 from vidcls.model.tuning import parameter_part
-from vidcls.training import checkpoint
 from vidcls.training.engine import train_step
 from vidcls.training.loop import build
 from vidcls.training.objective import Objective, Tally
 from vidcls.training.setup import setup
+from vidcls.training.sharded_state import StoredState, read_state
 
 pytestmark = pytest.mark.launch
 
@@ -158,9 +158,9 @@ def test_losses_and_gradient_norms(folders: dict[str, Path], plain: dict[bool, P
 def test_weights_and_moments(folders: dict[str, Path], plain: dict[bool, PlainResult], name: str) -> None:
     expected = plain[CASES[name].bf16]
     limit = BF16 if CASES[name].bf16 else FP32
-    found = checkpoint.read_tensors(last(folders[name]))
+    found = StoredState.open(last(folders[name]))
     assert found.keys() == expected.tensors.keys()
-    assert checkpoint.read_state(last(folders[name])).adam_steps == STEPS
+    assert read_state(last(folders[name])).adam_steps == STEPS
     for key, tensor in expected.tensors.items():
         kind, _, parameter = key.partition("/")
         size = tensor - expected.initial[parameter] if kind == "weight" else tensor
@@ -172,7 +172,7 @@ def test_weights_and_moments(folders: dict[str, Path], plain: dict[bool, PlainRe
 def test_every_part_trains(folders: dict[str, Path], plain: dict[bool, PlainResult], name: str) -> None:
     """Against the initial weights of the same seed: no LoRA matrix, head or token that stayed where it was."""
     initial = plain[CASES[name].bf16].initial
-    found = checkpoint.read_tensors(last(folders[name]))
+    found = StoredState.open(last(folders[name]))
     assert {parameter_part(parameter) for parameter in initial} == {"language", "head", "action_token"}
     still = [parameter for parameter in initial if torch.equal(found[f"weight/{parameter}"], initial[parameter])]
     assert not still

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vidcls.manifest import MANIFEST_NAME, verify
+from vidcls.manifest import is_sealed, verify
 from vidcls.model.classifier import ActionClassifier, ActionToken
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.kernels import apply_liger, compile_layers, resolve_attention, resolve_liger
@@ -44,7 +44,7 @@ ACTION_TOKEN_NAME = "action_token.safetensors"
 HEADS_NAME = "heads"
 LABELS_NAME = "label_map.json"  # of a head; written and read by those who know data: training, evaluation, prediction
 PREPROCESSING_NAME = "preprocessing.json"
-TRAINING_PREFIX = "training_state"  # of files that inference does not read
+TRAINING_ONLY = ("training_state", "deepspeed/")  # how the names of files begin that inference does not read
 
 
 @dataclass(frozen=True)
@@ -233,10 +233,10 @@ def load_model(
         trust_remote_code: let the base model's own tokenizer code run; a checkpoint never switches that on itself.
 
     Raises:
-        ValueError: a file is missing, or does not fit the base model; names it.
+        ValueError: a file is missing, differs from what was saved, or does not fit the base model; names it.
     """
-    if (folder / MANIFEST_NAME).exists():
-        verify(folder, skip_prefix=TRAINING_PREFIX)
+    if is_sealed(folder):
+        verify(folder, skip=TRAINING_ONLY)
     spec = read_spec(folder)
     if model_name_or_path is not None:
         spec = replace(spec, model_name_or_path=model_name_or_path)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from vidcls import distributed
 from vidcls.model.pretrained import TrainingExtras, build_model
-from vidcls.training import checkpoint
 from vidcls.training.averaging import WeightAverage
+from vidcls.training.checkpoint import check_fits, load_training_state, load_weights
 from vidcls.training.engine import Engine, build_engine, deepspeed_config
 from vidcls.training.partitioning import partitioned
 from vidcls.training.setup import Run
+from vidcls.training.sharded_state import WEIGHT, StoredState
 
 
 def build(run: Run) -> tuple[Engine, WeightAverage | None]:
@@ -27,13 +28,14 @@ def build(run: Run) -> tuple[Engine, WeightAverage | None]:
         model = build_model(
             run.spec, run.encoder, run.heads, seed=run.config.run.seed, extras=extras, partition=partition
         )
-        tensors = {}
+        stored = None
         if run.resume is not None:
             with distributed.all_or_none(f"reading {run.resume}"):
-                tensors = checkpoint.read_tensors(run.resume)
-                checkpoint.load_weights(model, tensors, averaged=optim.ema_decay is not None)
+                stored = StoredState.open(run.resume)
+                check_fits(model, stored.shapes, averaged=optim.ema_decay is not None)
+                load_weights(model, stored.kind(WEIGHT))
         engine = build_engine(run.config, model.train(), run.plan)
     average = None if optim.ema_decay is None else WeightAverage(engine, optim.ema_decay)
-    if run.resume is not None:
-        checkpoint.load_training_state(engine, tensors, run.start.adam_steps, average)
+    if stored is not None:
+        load_training_state(engine, stored, run.start.adam_steps, average)
     return engine, average

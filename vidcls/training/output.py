@@ -13,13 +13,12 @@ from vidcls.faults import guard
 from vidcls.faults.lock import lock_output
 from vidcls.model.classifier import ActionClassifier
 from vidcls.model.tuning import format_table, trained_table
-from vidcls.training import checkpoint
 from vidcls.training.best import BEST_NAME, LEFT_BEHIND
 from vidcls.training.data_sets import describe
 from vidcls.training.evaluating import EVALUATIONS_NAME
+from vidcls.training.folders import CONFIG_NAME, set_aside_after
 from vidcls.training.order_log import FOLDER_NAME as ORDER_NAME
 from vidcls.training.order_log import OrderLog
-from vidcls.training.saving import CONFIG_NAME
 from vidcls.training.setup import Run
 from vidcls.training.telemetry import BOARD_NAME, LOG_NAME, PLOT_NAME, WANDB_NAME, RunLog, plot_loss
 
@@ -88,7 +87,7 @@ def _open_log(run: Run) -> RunLog:
     (folder / OUTCOME_NAME).unlink(missing_ok=True)
     if run.config.run.overwrite_output_dir and run.resume is None:
         _remove_outputs(folder)
-    for beyond in checkpoint.set_aside_after(folder, run.start.step):
+    for beyond in set_aside_after(folder, run.start.step):
         print(f"vidcls: {beyond} is beyond step {run.start.step} and set aside", flush=True)
     (folder / CONFIG_NAME).write_text(run.config.dump(), encoding="utf-8")
     return RunLog(

@@ -6,7 +6,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vidcls import distributed
@@ -15,20 +15,20 @@ from vidcls.data.batch import ClipShape, Grid
 from vidcls.data.loader import ClipBatches, ClipSource
 from vidcls.data.mirror import swap_sides
 from vidcls.evaluation.heads import frame_choice
+from vidcls.manifest import CheckpointError, verify
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import ModelSpec, build_encoder, check_adapter, read_spec
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tuning import TuningSettings
 from vidcls.model.weights import fingerprint
-from vidcls.training import checkpoint
-from vidcls.training.checkpoint import RunState
+from vidcls.training.checkpoint import check_average
+from vidcls.training.continuing import check_changes, check_continues
 from vidcls.training.data_sets import DataSets, open_data_sets
 from vidcls.training.evaluating import Evaluations, Schedule, open_eval_clips
+from vidcls.training.folders import find_latest, list_checkpoints
 from vidcls.training.heads import build_heads
 from vidcls.training.optimizer import learning_rate
-
-# Of a ModelSpec, what may differ when a run goes on: the base may have moved, and kernels change rounding only.
-MAY_DIFFER = {"model_name_or_path", "flash_attn", "enable_liger_kernel"}
+from vidcls.training.sharded_state import RunState, StoredState, read_state
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def setup(config: Config) -> Run:
     """
     if config.run.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("report_to: 'wandb' needs the package wandb: pip install wandb, or use tensorboard")
+    check_changes(config.run.resume_with_changes)
     data = open_data_sets(config)
     spec = _model_spec(config)
     encoder = build_encoder(spec, trust_remote_code=config.model.trust_remote_code)
@@ -88,10 +89,12 @@ def setup(config: Config) -> Run:
     start = fresh
     if resume is not None:
         with distributed.all_or_none(f"reading {resume}"):
-            start = checkpoint.read_state(resume)
-            start.check_continues(fresh)
-            _check_same_model(read_spec(resume), spec)
-            checkpoint.check_average(resume, wanted=config.optim.ema_decay is not None)
+            stored = read_state(resume)
+            changes = check_continues(resume, stored, read_spec(resume), config, fresh, spec)
+            check_average(StoredState.open(resume), wanted=config.optim.ema_decay is not None)
+            start = replace(stored, stream=fresh.stream)
+        if changes and distributed.is_main():
+            print(f"vidcls: goes on with changes: {', '.join(changes)}", flush=True)
     elif config.model.adapter_name_or_path is not None:
         check_adapter(Path(config.model.adapter_name_or_path), spec)
     steps = total_steps(config.optim, data.clips, plan.global_)
@@ -114,7 +117,8 @@ def _stream(config: Config, data: DataSets, plan: BatchPlan) -> dict[str, object
         "seed": config.run.seed,
         "global_batch": plan.global_,
         "temporal_jitter": config.data.temporal_jitter,
-        "frame_sampling": [config.data.frame_sampling, config.data.dense_stride],
+        "frame_sampling": config.data.frame_sampling,
+        "dense_stride": config.data.dense_stride,
         **data.stream(),
     }
 
@@ -171,15 +175,6 @@ def _check_equal_weights(spec: ModelSpec) -> None:
         )
 
 
-def _check_same_model(stored: ModelSpec, now: ModelSpec) -> None:
-    for name in sorted(vars(now).keys() - MAY_DIFFER):
-        if getattr(stored, name) != getattr(now, name):
-            raise checkpoint.CheckpointError(
-                f"resume_from_checkpoint: {name} is {getattr(stored, name)!r} in the checkpoint and "
-                f"{getattr(now, name)!r} in this run; they must be equal for the run to go on"
-            )
-
-
 def _model_spec(config: Config) -> ModelSpec:
     model, data = config.model, config.data
     base = model.model_name_or_path
@@ -226,15 +221,15 @@ def _checkpoint_to_resume(config: Config) -> Path | None:
     with distributed.all_or_none("choosing the checkpoint to resume"):
         if distributed.is_main():
             if wanted == "latest":
-                chosen, passed_over = checkpoint.find_latest(Path(config.run.output_dir))
+                chosen, passed_over = find_latest(Path(config.run.output_dir))
                 for reason in passed_over:
                     print(f"vidcls: checkpoint passed over: {reason}", flush=True)
-                if chosen is None and checkpoint.list_checkpoints(Path(config.run.output_dir)):
-                    raise checkpoint.CheckpointError(
+                if chosen is None and list_checkpoints(Path(config.run.output_dir)):
+                    raise CheckpointError(
                         f"resume_from_checkpoint: no checkpoint in {config.run.output_dir!r} is whole; "
                         "starting over would lose the run, remove them to do so"
                     )
             else:
                 chosen = Path(wanted)
-                checkpoint.verify(chosen)
+                verify(chosen)
     return distributed.gather_objects(chosen)[0]

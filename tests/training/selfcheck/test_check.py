@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
 from tests.support import launch
 from tests.support.selfchecks import FAULTS, SOUND
+from vidcls.training.sharded_state import StoredState
 
 pytestmark = pytest.mark.launch
 
@@ -77,7 +77,7 @@ def test_a_sound_run_passes_and_is_not_changed(small_shards: Path, tmp_path: Pat
             assert "reads back bit by bit" in lines, name
             assert "not judged" not in lines, name
     weights = {
-        name: load_file(tmp_path / name / "checkpoint-5" / "training_state.safetensors")
+        name: StoredState.open(tmp_path / name / "checkpoint-5")
         for name in ("lora", "lora-unchecked", "resumed")
     }
     for other in ("lora", "resumed"):

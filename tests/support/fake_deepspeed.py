@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vidcls.manifest import seal
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -117,7 +119,7 @@ def _save(output: Path, step: int) -> None:
     folder = output / f"checkpoint-{step}"
     folder.mkdir(exist_ok=True)
     (folder / "training_state.json").write_text(json.dumps({"step": step, "stream": {"global_batch": 16}}))
-    (folder / "MANIFEST.json").write_text("{}")
+    seal(folder)
 
 
 def _end(output: Path, word: str, step: int, code: int) -> int:

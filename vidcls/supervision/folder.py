@@ -9,7 +9,7 @@ from typing import Any
 
 from vidcls.faults.guard import STOP_NAME
 from vidcls.faults.reports import FOLDER_NAME as FAILURES_NAME
-from vidcls.manifest import MANIFEST_NAME
+from vidcls.manifest import CheckpointError, read_manifest
 
 # Written by vidcls.training, which cannot be imported here: it imports torch.
 OUTCOME_NAME = "outcome.json"
@@ -23,11 +23,9 @@ class RunFolder:
         self.path = path
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest that was published with all it takes to resume. The run itself verifies it."""
-        found = [(int(number), path) for path in self.path.glob("checkpoint-*")
-                 if (number := path.name.partition("-")[2]).isdigit()
-                 and (path / MANIFEST_NAME).is_file() and (path / STATE_NAME).is_file()]  # fmt: skip
-        return max(found)[1] if found else None
+        """The newest that is sealed and has all it takes to resume. Its files' digests are the run's to verify."""
+        whole = [path for path in self.path.glob("checkpoint-*") if _can_resume(path)]
+        return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
     def outcome(self) -> dict[str, Any]:
         """{} when the last launch did not end well."""
@@ -76,6 +74,16 @@ class RunFolder:
 
     def take_back_stop(self) -> None:
         (self.path / STOP_NAME).unlink(missing_ok=True)
+
+
+def _can_resume(folder: Path) -> bool:
+    if not folder.name.partition("-")[2].isdigit() or not (folder / STATE_NAME).is_file():
+        return False
+    try:
+        read_manifest(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def step_of(checkpoint: Path | None) -> int:

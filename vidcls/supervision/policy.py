@@ -35,7 +35,7 @@ class Decision:
 def decide(history: Sequence[Attempt], limits: Limits) -> Decision:
     last = history[-1]
     if last.verdict == "finished":
-        return Decision(Exit.DONE, 0, last.cause or "finished")
+        return Decision(Exit.DONE, 0, last.cause)
     if last.verdict == "user_error":
         return Decision(Exit.USER_ERROR, 0, "a mistake that no restart mends; the run has said which")
     if last.verdict == "stopped":

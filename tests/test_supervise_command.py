@@ -346,7 +346,19 @@ def test_a_lost_host_is_left_out_and_taken_in_again(supervised: Supervised) -> N
     assert first["ssh"].startswith("-o ServerAliveInterval=5 -o ServerAliveCountMax=3")
     assert supervised.verdicts == ["rejoin", "finished"]
     assert supervised.rows[0]["dropped"]["node1"].startswith("connection refused")
-    assert "node1 answers again" in supervised.said
+    assert supervised.said.count("node1 answers again") == 1
+
+
+def test_a_run_that_does_not_stop_for_a_host_is_killed_and_goes_on_with_it(supervised: Supervised) -> None:
+    hosts = Hosts(supervised, ["node1", "node2"])
+    hosts.down("node2")
+    acts = [{"steps": 1, "hangs": True, "stops": False}, DONE]
+    process = supervised.start(acts, "--rejoin-every", 0.2, "--stop-timeout", 1, launcher=("-H", hosts.hostfile))
+    supervised.wait_for(lambda: (supervised.output / "checkpoint-1").exists())
+    hosts.up("node2")
+    assert process.wait(LIMIT) == 0
+    assert "not stopped after 1 s: killed" in supervised.said
+    assert supervised.launches[1]["hosts"] == ["node1 slots=2", "node2 slots=2"]
 
 
 def test_the_last_host_is_reached_by_ssh_too(supervised: Supervised) -> None:

@@ -67,6 +67,14 @@ def test_the_cause_names_rank_host_step_and_clips() -> None:
     assert verdict.step == 12
 
 
+def test_ranks_that_said_nothing_are_named_where_the_others_only_lost_a_peer() -> None:
+    """As when a host is powered off."""
+    lost = [report("peer_lost", rank, world_size=4) for rank in (0, 3)]
+    assert judge(End(71), {}, lost).cause.endswith("no word from rank 1, 2")
+    known = [*lost, report("killed", 1, world_size=4)]
+    assert "no word" not in judge(End(71), {}, known).cause
+
+
 def test_the_first_of_several_causes() -> None:
     assert first_failure([report("peer_lost", 0), report("killed", 2), report("data", 1)])["rank"] == 2
     assert first_failure([report("peer_lost", 0), report("peer_lost", 1)])["rank"] == 0

@@ -83,8 +83,9 @@ def watch(session: Session, folder: RunFolder, requests: StopRequests, patience:
         if deadline is not None and now > deadline:
             _say(f"not stopped after {patience.stop:g} s: killed")
             return End(session.kill(), asked)
-        if asked != "stop" and (requests.stop or rejoin.back):
-            asked, deadline = ("stop" if requests.stop else "rejoin"), now + patience.stop
+        reason = "stop" if requests.stop else "rejoin" if rejoin.back else ""
+        if reason and asked != "stop" and asked != reason:
+            asked, deadline = reason, now + patience.stop
             _say(f"{requests.stop or ', '.join(rejoin.back) + ' answers again'}: the run is asked to save and stop")
             if not _ask_to_stop(folder):
                 return End(session.kill(), asked)
@@ -141,7 +142,7 @@ def judge(end: End, outcome: Mapping[str, Any], reports: list[dict[str, Any]]) -
             return Verdict("rejoin", Exit.STOPPED, "stopped to take hosts in again")
         return Verdict("stopped", Exit.STOPPED, "asked by somebody else: a STOP file, or a signal to the ranks")
     if first is not None:
-        return _from_report(end, first)
+        return _from_report(end, first, _silent_ranks(reports))
     if end.asked == "silence":
         return Verdict("silent", Exit.STUCK, "no output and no log row in time")
     if end.code == 0:
@@ -162,7 +163,15 @@ def first_failure(reports: list[dict[str, Any]]) -> dict[str, Any] | None:
     return next(iter(own or reports), None)
 
 
-def _from_report(end: End, report: dict[str, Any]) -> Verdict:
+def _silent_ranks(reports: list[dict[str, Any]]) -> list[int]:
+    """The ranks that said nothing, where all others only lost a peer: one of those is the peer."""
+    if any(report.get("kind") not in FOLLOWS for report in reports):
+        return []
+    world = max(int(report.get("world_size") or 0) for report in reports)
+    return sorted(set(range(world)) - {report.get("rank") for report in reports})
+
+
+def _from_report(end: End, report: dict[str, Any], silent: list[int]) -> Verdict:
     kind, step = str(report.get("kind", "failed")), report.get("step")
     known = {each.name.lower(): int(each) for each in Exit}
     if kind == "killed":
@@ -172,7 +181,8 @@ def _from_report(end: End, report: dict[str, Any]) -> Verdict:
     where = f"rank {report.get('rank')} on {report.get('host')} in phase {report.get('phase')}"
     at = "" if step is None else f" at step {step}"
     clips = f"; clips {report['clips']}" if report.get("clips") else ""
-    return Verdict(kind, code, f"{where}{at}: {kind}: {report.get('message')}{clips}", step)
+    unheard = f"; no word from rank {', '.join(map(str, silent))}" if silent else ""
+    return Verdict(kind, code, f"{where}{at}: {kind}: {report.get('message')}{clips}{unheard}", step)
 
 
 def last_step(folder: RunFolder, reports: list[dict[str, Any]], saved: int) -> int:

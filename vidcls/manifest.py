@@ -62,6 +62,9 @@ def seal(folder: Path, about: Mapping[str, Any] | None = None, known: Mapping[st
         known: digests that the writers of some files took, by name; those are on disk already and not read again.
     """
     known = known or {}
+    manifest, complete = folder / MANIFEST_NAME, folder / COMPLETE_NAME
+    for stale in (complete, manifest):
+        stale.unlink(missing_ok=True)
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
     def digest(name: str) -> FileDigest:
@@ -74,12 +77,11 @@ def seal(folder: Path, about: Mapping[str, Any] | None = None, known: Mapping[st
         files = dict(zip(paths, pool.map(digest, paths), strict=True))
     head = {"format": FORMAT, "vidcls": importlib.metadata.version("vidcls"), **(about or {})}
     content = {**head, "files": {name: asdict(entry) for name, entry in files.items()}}
-    manifest, complete = folder / MANIFEST_NAME, folder / COMPLETE_NAME
     manifest.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     fsync(manifest)
     for inner in {path.parent for path in paths.values()} | {folder}:
         fsync(inner)
-    complete.write_text(FileDigest.of(manifest).sha256 + "\n", encoding="utf-8")
+    complete.write_bytes(_seal_of(manifest.read_bytes()))
     fsync(complete)
     fsync(folder)
 
@@ -106,12 +108,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     try:
-        sealed = complete.read_bytes().strip().decode("ascii", "replace")
+        sealed = complete.read_bytes()
     except FileNotFoundError:
         sealed = None
     except OSError as error:
         raise CheckpointError(f"{complete} cannot be read: {error}") from None
-    if sealed is not None and sealed != hashlib.sha256(raw).hexdigest():
+    if sealed is not None and sealed != _seal_of(raw):
         raise CheckpointError(f"{path} or {COMPLETE_NAME} beside it is damaged: the digest of one is not in the other")
     try:
         content = json.loads(raw)
@@ -212,6 +214,11 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _seal_of(manifest: bytes) -> bytes:
+    """What COMPLETE holds."""
+    return f"{hashlib.sha256(manifest).hexdigest()}\n".encode()
 
 
 def _refusal(error: Exception) -> str | None:

@@ -37,6 +37,7 @@ from vidcls.training.folders import (
     set_aside_after,
     temporary_folder,
 )
+from vidcls.training.saving import check_all_there
 from vidcls.training.sharded_state import (
     STATE_NAME,
     RunState,
@@ -211,7 +212,7 @@ def test_a_manifest_that_leaves_its_folder_is_refused(tmp_path: Path, name: str)
     content = json.loads((folder / MANIFEST_NAME).read_text())
     content["files"][name] = {"bytes": 1, "sha256": "0" * 64}
     (folder / MANIFEST_NAME).write_text(json.dumps(content))
-    (folder / COMPLETE_NAME).write_text(hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest())
+    (folder / COMPLETE_NAME).write_text(hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest() + "\n")
     with pytest.raises(CheckpointError, match="which is not in the checkpoint's folder"):
         verify(folder)
 
@@ -223,6 +224,18 @@ def test_files_that_change_after_the_rename_are_seen(tmp_path: Path, monkeypatch
     with pytest.raises(StorageError, match=r"safetensors was written with \d+ bytes and now has \d+"):
         write_checkpoint(tmp_path, 4)
     assert find_latest(tmp_path)[0] == older
+
+
+def test_a_file_that_the_main_rank_does_not_see_is_named(tmp_path: Path) -> None:
+    digests = [write_tensors(tmp_path, TENSORS, rank, 2) for rank in (0, 1)]
+    check_all_there(tmp_path, [*digests, ("", None)])
+    os.truncate(tmp_path / digests[0][0], 9)
+    with pytest.raises(StorageError, match=r"which rank 0 wrote with \d+ bytes, has 9 bytes on .*: output_dir must be"):
+        check_all_there(tmp_path, digests)
+    for name, _ in digests:
+        (tmp_path / name).unlink()
+    with pytest.raises(StorageError, match=r"00001-of-00002\.safetensors, which rank 0 wrote .*, is not there on "):
+        check_all_there(tmp_path, digests)
 
 
 def test_space_is_looked_at_before() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def save_checkpoint(
         digests = _write(run, engine, average, step, folder, needed)
         with distributed.all_or_none(f"saving {target}"), storage_errors(folder, needed):
             if distributed.is_main():
-                _check_all_there(folder, digests)
+                check_all_there(folder, digests)
                 publish(folder, run.output_dir, step, {name: digest for name, digest in digests if digest})
                 remove_old(run.output_dir, run.config.run.save_total_limit, best)
     except BaseException:
@@ -130,7 +130,8 @@ def _about(run: Run, step: int) -> Mapping[str, Any]:
     }
 
 
-def _check_all_there(folder: Path, digests: list[tuple[str, FileDigest | None]]) -> None:
+def check_all_there(folder: Path, digests: Sequence[tuple[str, FileDigest | None]]) -> None:
+    """Raise StorageError unless every rank's file, as it reported it, is in this process's `folder`."""
     for rank, (name, digest) in enumerate(digests):
         if digest is None:
             continue

@@ -69,10 +69,11 @@ def read_state_file(folder: Path) -> dict[str, Any]:
 def read_state(folder: Path) -> RunState:
     """The RunState of a checkpoint. Raises CheckpointError when it has none."""
     content = read_state_file(folder)
-    try:
-        return RunState(**{name: content[name] for name in RunState.__dataclass_fields__})
-    except KeyError as error:
-        raise CheckpointError(f"{folder / STATE_NAME} cannot be read: it has no {error}") from None
+    step, adam_steps, stream = (content.get(name) for name in ("step", "adam_steps", "stream"))
+    if not (isinstance(step, int) and isinstance(adam_steps, int) and isinstance(stream, dict)):
+        found = f"step, adam_steps and stream are {step!r}, {adam_steps!r}, {stream!r}"
+        raise CheckpointError(f"{folder / STATE_NAME} cannot be read: {found}")
+    return RunState(step, adam_steps, stream)
 
 
 def differences(

@@ -25,7 +25,10 @@ COMPLETE_NAME = "COMPLETE"
 FORMAT = 2  # 1 had no COMPLETE and the training state in one file
 SEALED_NAMES = re.compile(r"checkpoint-\d+|best")
 THREADS = 4  # that digest files; sha256 leaves Python's lock
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE),  # a disk or a file server that fails
+)
 # Rust's words (safetensors, tokenizers) for an errno, and torch's for a file that could not be written to its end.
 RUST_ERRNO = re.compile(r"os error (\d+)")
 TORCH_CUT_SHORT = re.compile(r"inline_container.*unexpected pos|PytorchStreamWriter failed", re.DOTALL)
@@ -104,6 +107,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is not a folder") from None
         raise CheckpointError(f"{unfinished} {MANIFEST_NAME}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None

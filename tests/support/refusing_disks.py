@@ -24,11 +24,20 @@ from vidcls.training import loop, saving
 from vidcls.training.setup import setup
 
 LEFT_FREE = 300_000
+LEFT_FOR_PICKLES = 20_000
+WRITE_PICKLES = saving._write_deepspeed_state
 NEW_MOUNTS = 0x20000  # CLONE_NEWNS
 
 
-def fill(disk: Path) -> None:
-    (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - LEFT_FREE)))
+def fill(disk: Path, left: int = LEFT_FREE) -> None:
+    (disk / "filler").write_bytes(bytes(max(0, shutil.disk_usage(disk).free - left)))
+
+
+def fill_and_write(engine: Any, folder: Path, needed: int) -> None:
+    if distributed.is_main():
+        fill(folder.parents[1], LEFT_FOR_PICKLES)
+    distributed.barrier()
+    WRITE_PICKLES(engine, folder, needed)
 
 
 def make_read_only(disk: Path) -> None:
@@ -48,8 +57,9 @@ def refuse_one(*_: Any) -> None:
 
 
 def train_until_refused(recipe: Path) -> None:
-    """With the `how` of the recipe's name: "seen": too little space is left, "met": and nobody looked; "other": one
-    rank meets it alone; "readonly": the disk takes no more; "apart": rank 1 has another disk (and keeps it: last)."""
+    """The recipe's name says how. "seen": too little space is left; "met": and nobody looked; "pickles": what is left
+    is too little for DeepSpeed's own files; "other": one rank meets it alone; "readonly": the disk takes no more;
+    "apart": rank 1 has another disk, and keeps it."""
     how = recipe.stem
     save = loop.save_checkpoint
 
@@ -60,6 +70,8 @@ def train_until_refused(recipe: Path) -> None:
                 (make_read_only if how == "readonly" else fill)(run.output_dir)
             if how == "met":
                 changes.append(patch.object(saving, "check_space", lambda *_: None))
+            if how == "pickles":
+                changes.append(patch.object(saving, "_write_deepspeed_state", fill_and_write))
             if how == "apart" and distributed.rank() == 1:
                 see_another_disk(run.output_dir)
             if how == "other" and distributed.rank() == 1:

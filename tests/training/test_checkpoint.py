@@ -364,3 +364,6 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
 def test_a_checkpoint_without_training_state_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no training state: it was written with save_only_model"):
         read_state(tmp_path)
+    for read in (read_state, verify):
+        with pytest.raises(CheckpointError, match="elsewhere is not a folder"):
+            read(tmp_path / "elsewhere")

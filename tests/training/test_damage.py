@@ -28,7 +28,7 @@ from vidcls.training.sharded_state import STATE_NAME, StoredState
 
 pytestmark = pytest.mark.launch
 
-DISKS = ("seen", "met", "other", "readonly", "apart")
+DISKS = ("seen", "met", "pickles", "other", "readonly", "apart")
 RECIPE: dict[str, Any] = {
     "model_name_or_path": "tiny",
     "lora_rank": 4,
@@ -223,7 +223,13 @@ def refused(disks: Path, small_shards: Path, tmp_path_factory: pytest.TempPathFa
     """What each of two ranks was told when its disk refused checkpoint 2: NAME.rankN.json."""
     top = tmp_path_factory.mktemp("refused")
     recipes = [
-        write_recipe(top / f"{name}.yaml", dataset=str(small_shards), output_dir=str(disks / name)) for name in DISKS
+        write_recipe(
+            top / f"{name}.yaml",
+            dataset=str(small_shards),
+            output_dir=str(disks / name),
+            save_deepspeed_state=name == "pickles",
+        )
+        for name in DISKS
     ]
     done = launch.deepspeed(2, "tests/support/refusing_disks.py", *recipes, log=top / "log")
     assert done.code == 0, done.output[-4000:]
@@ -235,6 +241,7 @@ def refused(disks: Path, small_shards: Path, tmp_path_factory: pytest.TempPathFa
     [
         ("seen", r"the disk is too full: \d+ bytes are needed, \d+ bytes are free"),
         ("met", r"cannot be written: No space left on device; \d+ bytes are needed, \d+ bytes are free"),
+        ("pickles", r"cannot be written: .*; \d+ bytes are needed, \d+ bytes are free"),
         ("other", r"a shard of rank 1 cannot be written: No space left on device; \d+ bytes are needed, \d+ bytes are"),
         ("readonly", r"cannot be written: Read-only file system; \d+ bytes are needed, \d+ bytes are free"),
         (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +54,10 @@ def read_state_file(folder: Path) -> dict[str, Any]:
         found, versions = content["format"], content["versions"]
         writer = versions["vidcls"]
     except FileNotFoundError:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"resume_from_checkpoint: {folder} is not a folder on {socket.gethostname()}"
+            ) from None
         raise CheckpointError(
             f"resume_from_checkpoint: {folder} has no training state: it was written with save_only_model"
         ) from None

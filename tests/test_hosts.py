@@ -97,6 +97,8 @@ def test_ssh_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[0] == "ssh"
     assert words[-1] == "dr2"
     assert {"BatchMode=yes", "ConnectTimeout=5"} <= set(words)
+    assert "-p" not in words
+    assert ssh_words("dr2", 2222)[-3:] == ["-p", "2222", "dr2"]
 
 
 def test_a_command_that_hangs_is_ended_with_what_it_started(tmp_path: Path) -> None:

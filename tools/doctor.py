@@ -39,12 +39,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--port", type=int, default=PORT, help=f"of the rendezvous, --master_port of deepspeed ({PORT})"
     )
+    parser.add_argument(
+        "--ssh-port", type=int, help="of the hosts' sshd, deepspeed's --ssh_port (as ssh is configured)"
+    )
     parser.add_argument("--timeout", type=float, default=60, help="seconds that a host may take for one answer (60)")
     parser.add_argument("--json", action="store_true", help="print findings and all that was measured, for programs")
     parser.add_argument("--probe", type=float, metavar="SECONDS", help=argparse.SUPPRESS)  # what it runs on hosts
     args = parser.parse_args()
-    if not 1 <= args.port <= 65535:
-        parser.error(f"--port: must be from 1 to 65535, got {args.port}")
+    for name, port in (("--port", args.port), ("--ssh-port", args.ssh_port)):
+        if port is not None and not 1 <= port <= 65535:
+            parser.error(f"{name}: must be from 1 to 65535, got {port}")
     if not 1 <= args.timeout <= 3600:
         parser.error(f"--timeout: must be from 1 to 3600 seconds, got {args.timeout}")
     return args
@@ -103,6 +107,7 @@ def main() -> int:
             data=args.data,
             port=args.port,
             timeout=args.timeout,
+            ssh_port=args.ssh_port,
         )
         report = examine(plan)
     except KeyboardInterrupt:

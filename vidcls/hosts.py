@@ -78,8 +78,11 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     return hosts
 
 
-def ssh_words(host: str) -> list[str]:
-    """The words before a command for `host`: never asks anything, and gives up on a silent host."""
+def ssh_words(host: str, port: int | None = None) -> list[str]:
+    """The words before a command for `host`: never asks anything, and gives up on a silent host.
+
+    port: of its sshd, where ~/.ssh/config does not say it (deepspeed's --ssh_port).
+    """
     options = {
         "BatchMode": "yes",
         "ConnectTimeout": CONNECT_SECONDS,
@@ -87,7 +90,8 @@ def ssh_words(host: str) -> list[str]:
         "ServerAliveCountMax": 3,
         "LogLevel": "ERROR",  # a quieter setting of the user's would hide the reasons
     }
-    return ["ssh", "-T", *(word for name, value in options.items() for word in ("-o", f"{name}={value}")), host]
+    words = ["ssh", "-T", *(word for name, value in options.items() for word in ("-o", f"{name}={value}"))]
+    return [*words, *(["-p", str(port)] if port is not None else []), host]
 
 
 def run_for(words: list[str], seconds: float) -> Answer:

@@ -53,14 +53,16 @@ def _as_deepspeed(value: str) -> str:
 class Session:
     """A probe on one host. `ask` from one thread at a time; `end` always."""
 
-    def __init__(self, host: str, command: str | list[str], told: Mapping[str, str]) -> None:
+    def __init__(
+        self, host: str, command: str | list[str], told: Mapping[str, str], ssh_port: int | None = None
+    ) -> None:
         """Start a probe: a command line to run on `host` over ssh, or the words of a command on this machine.
 
         told: python, script and directory, for messages.
         """
         self.host, self._told = host, told
         self._remote = isinstance(command, str)
-        words = [*ssh_words(host), command] if isinstance(command, str) else command
+        words = [*ssh_words(host, ssh_port), command] if isinstance(command, str) else command
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         self._process = subprocess.Popen(
             words,

@@ -35,6 +35,7 @@ class Plan:
     data: list[str]
     port: int
     timeout: float
+    ssh_port: int | None = None
 
 
 def examine(plan: Plan) -> Report:
@@ -89,7 +90,9 @@ class _Examination:
         words = [sys.executable, "-u", str(plan.script), "--probe", f"{seconds:.0f}"]
         variables = exported(plan.environment, plan.directory)
         command = remote_command(sys.executable, str(plan.script), str(plan.directory), variables, seconds)
-        self.sessions = {host: Session(host, command if plan.slots else words, told) for host in self.hosts}
+        self.sessions = {
+            host: Session(host, command if plan.slots else words, told, plan.ssh_port) for host in self.hosts
+        }
         self.each("ssh" if plan.slots else "code", lambda host: self.sessions[host].hear("start", plan.timeout))
 
     def end(self) -> None:
@@ -169,7 +172,7 @@ class _Examination:
 
     def master(self, first: str) -> str:
         """The address DeepSpeed takes for the rendezvous: the first word of the same command."""
-        answer = run_for([*ssh_words(first), "hostname", "-I"], self.plan.timeout)
+        answer = run_for([*ssh_words(first, self.plan.ssh_port), "hostname", "-I"], self.plan.timeout)
         self.report.looked([first], "peers", judge.judge_master(first, answer.output))
         return next(iter(answer.output.split()), first.rpartition("@")[2])
 

@@ -73,6 +73,7 @@ SSH = [
     ("Received disconnect from 10.0.0.2 port 22:2: Too many authentication failures", "permission denied"),
     ("kex_exchange_identification: read: Connection reset by peer", "connection closed"),
     ("Connection timed out during banner exchange", "timed out"),
+    ("", "connection lost"),
     ("something new", "failed"),
 ]
 

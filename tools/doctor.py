@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a probe must run where rich is missing
     from vidcls.doctor.findings import Report
 
 PORT = 29500  # DeepSpeed's --master_port
-WIDTH = 110  # of a table that goes to a file
+WIDTH = 110  # of the table at least: a narrow terminal folds whole lines, not words
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,8 +62,7 @@ def show(report: "Report") -> None:
     from vidcls.doctor.findings import CHECKS, FAIL
 
     console = Console(highlight=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, emoji=False, width=WIDTH)
+    console.width = max(console.width, WIDTH)
     styles = {"ok": "green", "warn": "yellow", FAIL: "bold red"}
     shown = [check for check in CHECKS if any(report.cell(host, check) for host in report.hosts)]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))

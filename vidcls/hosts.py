@@ -178,7 +178,9 @@ def ssh_fault(host: str, answer: Answer) -> Fault | None:
         if re.search(pattern, answer.errors):
             return Fault(name, fix.format(host=host, bare=host.rpartition("@")[2]))
     said = answer.errors.strip().splitlines()
-    return Fault("failed", f"try `ssh {host} true`; it said: {said[-1] if said else 'nothing'}")
+    if not said:  # how ssh leaves when a host stops answering in the middle of a command
+        return Fault("connection lost", f"{host} stopped answering: it is off, hangs, or its network is gone")
+    return Fault("failed", f"try `ssh {host} true`; it said: {said[-1]}")
 
 
 def probe(host: str, seconds: float) -> str | None:

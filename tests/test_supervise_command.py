@@ -288,18 +288,33 @@ def test_mistakes_are_found_before_a_launch(supervised: Supervised, values: dict
     assert supervised.launches == []
 
 
-def test_a_full_disk_is_named_and_not_the_end_of_the_supervisor(supervised: Supervised) -> None:
-    """The output folder vanishes: as a network file system does."""
+def test_an_output_folder_that_is_away_is_waited_for(supervised: Supervised) -> None:
+    """As a network file system may be."""
     acts = [{"exit": 71}, DONE]
-    process = supervised.start(acts, "--backoff", 3)
+    process = supervised.start(acts, "--backoff", 3, "--max-backoff", 3)
     supervised.wait_for(lambda: "the next one in" in supervised.said)
     supervised.output.rename(supervised.folder / "gone")
     supervised.output.write_text("no folder")
-    supervised.wait_for(lambda: "storage" in supervised.said)
+    supervised.wait_for(lambda: supervised.said.count("no_output") >= 3)
     supervised.output.unlink()
     (supervised.folder / "gone").rename(supervised.output)
     assert process.wait(LIMIT) == 0
-    assert supervised.verdicts == ["peer_lost", "finished"]  # the row in between could not be written
+    assert supervised.verdicts == ["peer_lost", "finished"]  # the rows in between could not be written
+
+
+def test_a_run_whose_checkpoints_have_vanished_does_not_start_over(supervised: Supervised) -> None:
+    """An empty mount point."""
+    acts = [{"steps": 2, "exit": 71}, DONE]
+    process = supervised.start(acts, "--backoff", 2, "--max-backoff", 2)
+    supervised.wait_for(lambda: "the next one in" in supervised.said)
+    supervised.output.rename(supervised.folder / "gone")
+    supervised.output.mkdir()
+    supervised.wait_for(lambda: supervised.said.count("no longer has the checkpoint of step 2") >= 2)
+    supervised.output.rename(supervised.folder / "mount point")
+    (supervised.folder / "gone").rename(supervised.output)
+    assert process.wait(LIMIT) == 0
+    assert len(supervised.launches) == 2
+    assert supervised.rows[-1]["resumed_from"] == 2
 
 
 class Hosts:

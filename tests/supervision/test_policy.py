@@ -10,7 +10,7 @@ from vidcls.supervision.policy import Decision, Limits, decide
 BOTH, ONE = {"a": 1, "b": 1}, {"a": 1}
 LIMITS = Limits(max_restarts=4, backoff=5, max_backoff=30)
 CODES = {"finished": 0, "user_error": 2, "stopped": 75, "rejoin": 75, "diverged": 76, "killed": 247, "peer_lost": 71}
-CODES |= {"false_success": 1, "no_hosts": 78, "data": 74, "failed": 1, "launch": 78}
+CODES |= {"false_success": 1, "no_hosts": 78, "no_output": 73, "data": 74, "failed": 1, "launch": 78}
 
 
 def attempt(verdict: str, *, step: int | None = None, saved: int = 0, hosts: dict[str, int] = BOTH) -> Attempt:
@@ -73,6 +73,9 @@ RESTART = None
         # hosts that do not answer are waited for, as often as the run may restart
         ([A("no_hosts", hosts={})] * 4, RESTART, 30),
         ([A("no_hosts", hosts={})] * 5, 78, 0),
+        # so is the output folder
+        ([A("no_output", hosts={})] * 4, RESTART, 30),
+        ([A("no_output", hosts={})] * 5, 73, 0),
         # restarts are limited whatever the cause, those for hosts that came back aside
         ([A("killed", step=n, saved=1) for n in range(4)], RESTART, 5),
         ([A("killed", step=n, saved=1) for n in range(5)], 247, 0),

@@ -11,7 +11,8 @@ from vidcls.supervision.attempts import Attempt
 # What comes from the run itself, and will come again; all else may pass.
 OWN_FAULTS = ("diverged", "data", "storage", "failed")
 OWN_REPEATS, OTHER_REPEATS = 2, 3
-NOBODY = "no_hosts"
+# Nothing was launched, because too few hosts answer or output_dir is out of reach: waited for, up to --max-restarts.
+NO_HOSTS, NO_OUTPUT = "no_hosts", "no_output"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def decide(history: Sequence[Attempt], limits: Limits) -> Decision:
     if last.verdict == "rejoin":
         return Decision(None, 0, last.cause)
     times = repeats(history)
-    if times >= (OWN_REPEATS if last.verdict in OWN_FAULTS else OTHER_REPEATS) and last.verdict != NOBODY:
+    allowed = OWN_REPEATS if last.verdict in OWN_FAULTS else OTHER_REPEATS
+    if times >= allowed and last.verdict not in (NO_HOSTS, NO_OUTPUT):
         where = "before the first step" if last.step is None else f"at step {last.step}"
         return Decision(last.code, 0, f"{last.verdict} {times} times in a row {where}, without progress: {last.cause}")
     failures = [attempt for attempt in history if attempt.verdict != "rejoin"]

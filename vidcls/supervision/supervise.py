@@ -29,7 +29,7 @@ from vidcls.supervision.launches import (
     start_from,
 )
 from vidcls.supervision.places import Places, Return, probe_all, write_hostfile
-from vidcls.supervision.policy import NOBODY, Limits, decide
+from vidcls.supervision.policy import NO_HOSTS, NO_OUTPUT, Limits, decide
 from vidcls.supervision.session import Session
 from vidcls.supervision.signals import StopRequests
 
@@ -132,7 +132,7 @@ class Supervisor:
             ranks=None,
             port=0,
             code=Exit.LAUNCH,
-            verdict=NOBODY,
+            verdict=NO_HOSTS,
             asked="",
             step=None,
             resumed_from=step_of(before),
@@ -146,11 +146,15 @@ class Supervisor:
             return replace(attempt, ended=time.time())
         try:
             return self._launch(attempt, scratch)
-        except OSError as error:  # the supervisor's own: output_dir cannot be reached or written
-            return replace(attempt, ended=time.time(), verdict="storage", code=Exit.STORAGE, cause=str(error))
+        except OSError as error:  # the supervisor's own
+            return replace(attempt, ended=time.time(), verdict=NO_OUTPUT, code=Exit.STORAGE, cause=str(error))
 
     def _launch(self, attempt: Attempt, scratch: Path) -> Attempt:
         before = self.folder.newest_checkpoint()
+        saved = max((attempt.saved for attempt in self.history), default=0)
+        if self.begun and saved and before is None:
+            # An empty mount point looks like a new run; it would start over, and fill the wrong disk.
+            raise FileNotFoundError(f"{self.folder.path} no longer has the checkpoint of step {saved}")
         keys = start_from(self.config, begun=self.begun, newest=before)
         given = keys["resume_from_checkpoint"]
         resumed_from = step_of(before) if given == "latest" else step_of(Path(given)) if given else 0

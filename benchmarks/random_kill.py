@@ -17,10 +17,11 @@ Now and then a bit of the newest checkpoint is flipped between two lives, so tha
 
 After each life: every logged row (loss, grad_norm, lr, top1) and the clips of every step are those of the straight run,
 steps that are done again included; the run went on from the newest whole checkpoint, whole by digests taken here, and
-passed over damaged ones only; no exit code 0 without the end; every process is gone. Of a finished run: each clip was
-taken exactly once in every epoch; weights, averages and Adam moments equal the straight run's bit for bit. In the end:
-nothing is left in /dev/shm, but buffers of ranks killed as they started, younger than the minute after which a later
-start removes them.
+passed over damaged ones only; every process is gone; no exit code 0 before the end, except where launch.py was killed:
+DeepSpeed's command (0.19.8) drops negative codes, which is why only outcome.json says that a run has finished. Of a
+finished run: each clip was taken exactly once in every epoch; weights, averages and Adam moments equal the straight
+run's bit for bit. In the end: nothing is left in /dev/shm, but buffers of ranks killed as they started, younger than
+the minute after which a later start removes them.
 
 Exit codes: 0 nothing was lost, 1 something was (logs are kept, and named), 2 wrong options.
 """
@@ -63,6 +64,7 @@ BUFFER_SECONDS = 60.0  # after which a start removes what no process has mapped
 GONE_SECONDS = 60.0
 LIFE_SECONDS = 900.0
 TEMPORARY = "checkpoint.tmp-"
+Saving = Callable[[], set[str]]  # the folders of checkpoints that this life is writing: one or none
 TRAINING = "training  "  # how the line begins after which steps follow
 RECIPE: dict[str, Any] = {
     "model_name_or_path": "tiny",
@@ -102,6 +104,7 @@ class Life:
     resumed_at: int | None = None
     steps_logged: int = 0  # of the run, when this life was over
     exit_code: int | None = None
+    false_success: bool = False  # 0, and outcome.json does not say that the run finished
     seconds: float = 0.0
     seconds_to_gone: float = 0.0  # from the kill until the last process was
     faults: list[str] = field(default_factory=list)
@@ -144,11 +147,16 @@ def live(bench: Bench, run: Path, number: int, aim: Aim | None, start_seconds: f
     if aim:
         life.aim = aim.when
     before = kills.checkpoints(run)
-    there: set[str] | None = None
+    stale, there = _names(run, TEMPORARY), set[str]()
+
+    def saving() -> set[str]:
+        return _names(run, TEMPORARY) - stale
+
     begun, clock = time.monotonic(), time.time()
     with launched(RANKS, [bench.recipe, f"output_dir={run}", "resume_from_checkpoint=latest"], log) as launcher:
-        if aim and _wait_for(aim, launcher, run, log, start_seconds):
-            there = _kill(aim, launcher, run, life)
+        if aim and _wait_for(aim, launcher, saving, log, start_seconds):
+            there = _names(run, "checkpoint-")
+            _kill(aim, launcher, saving, life)
         killed_at = time.monotonic()
         if left := wait_until_gone(launcher.pid, GONE_SECONDS if life.killed else LIFE_SECONDS):
             life.faults.append(f"still there {GONE_SECONDS:g} s after the kill: {left}")
@@ -156,7 +164,7 @@ def live(bench: Bench, run: Path, number: int, aim: Aim | None, start_seconds: f
     life.exit_code = launcher.wait()
     life.seconds = round(time.monotonic() - begun, 1)
     if life.hit_a_save:
-        life.cut_a_save_short = _names(run, "checkpoint-") <= (there or set())
+        life.cut_a_save_short = _names(run, "checkpoint-") <= there
     said = log.read_text(encoding="utf-8", errors="replace")
     if f"\n{TRAINING}" in said:
         bench.starts.append(clock)
@@ -166,13 +174,13 @@ def live(bench: Bench, run: Path, number: int, aim: Aim | None, start_seconds: f
     return life
 
 
-def _wait_for(aim: Aim, launcher: psutil.Popen, run: Path, log: Path, start_seconds: float) -> bool:
+def _wait_for(aim: Aim, launcher: psutil.Popen, saving: Saving, log: Path, start_seconds: float) -> bool:
     """Return when the moment has come; False when the life was over first."""
-    begun, deadline = time.monotonic(), time.monotonic() + LIFE_SECONDS
+    begun = time.monotonic()
 
     def until(is_there: Callable[[], bool], pause: float) -> bool:
         while not is_there():
-            if launcher.poll() is not None or time.monotonic() > deadline:
+            if launcher.poll() is not None or time.monotonic() > begun + LIFE_SECONDS:
                 return False
             time.sleep(pause)
         return True
@@ -184,14 +192,13 @@ def _wait_for(aim: Aim, launcher: psutil.Popen, run: Path, log: Path, start_seco
     if aim.when == "step":
         moment = time.monotonic() + aim.share * STEP_SECONDS
         return until(lambda: time.monotonic() >= moment, 0.002)
-    old = _names(run, TEMPORARY) if aim.save > 1 else set()  # those of killed lives are gone once a save begins
     seen: set[str] = set()
 
-    def saves() -> bool:
-        seen.update(_names(run, TEMPORARY) - old)
+    def is_nth() -> bool:
+        seen.update(saving())
         return len(seen) >= aim.save
 
-    if not until(saves, 0.0005):
+    if not until(is_nth, 0.0005):
         return False
     time.sleep(aim.share * SAVE_SECONDS)
     return True
@@ -203,19 +210,18 @@ def _names(run: Path, prefix: str) -> set[str]:
     return set()
 
 
-def _kill(aim: Aim, launcher: psutil.Popen, run: Path, life: Life) -> set[str]:
-    """SIGKILL, with a look at the folder right before and right after; the checkpoints that were there."""
+def _kill(aim: Aim, launcher: psutil.Popen, saving: Saving, life: Life) -> None:
+    """SIGKILL, with a look at the folder right before and right after."""
     family = _family(launcher)
     name = aim.victim if aim.victim in family or aim.victim == "all" else "deepspeed"
     victims = list(family.values()) if name == "all" else [family[name]]
-    there, saving = _names(run, "checkpoint-"), _names(run, TEMPORARY)
+    writing = saving()
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
             life.killed = True
     life.victim = name
-    life.hit_a_save = life.killed and bool(saving & _names(run, TEMPORARY))
-    return there
+    life.hit_a_save = life.killed and bool(writing & saving())
 
 
 def _family(launcher: psutil.Popen) -> dict[str, psutil.Process]:
@@ -241,10 +247,10 @@ def _check(bench: Bench, run: Path, life: Life, before: dict[int, str | None], s
     order, again = kills.read_order(run, RANKS)
     life.faults += again + kills.order_faults(order, kills.read_order(bench.straight, RANKS)[0])
     life.faults += kills.choice_faults(said, run, before)
-    life.faults += [
-        f"checkpoint-{n}: {wrong}" for n, wrong in kills.checkpoints(run).items() if wrong and n not in before
-    ]
-    if life.exit_code == 0 and not finished(run):
+    new = {n: wrong for n, wrong in kills.checkpoints(run).items() if wrong and n not in before}
+    life.faults += [f"checkpoint-{n}: {wrong}" for n, wrong in new.items()]
+    life.false_success = life.exit_code == 0 and not finished(run)
+    if life.false_success and life.victim != "launch.py":
         life.faults.append("exit code 0, and the run is not finished")
     if not life.killed and life.exit_code != 0:
         life.faults.append(f"exit code {life.exit_code}, and nobody killed it")
@@ -307,7 +313,7 @@ def kill_again_and_again(bench: Bench, count: int, start_seconds: float) -> tupl
             done += life.killed
             print(_line(life, run, done, count), flush=True)
             if life.faults and not life.killed:
-                break
+                return lives, runs  # it cannot go on
         runs[run.name] = check_finished(bench, run)
     return lives, runs
 
@@ -316,10 +322,8 @@ def _line(life: Life, run: Path, done: int, count: int) -> str:
     death = f"{life.victim} killed ({life.aim})" if life.killed else "to its end"
     saves = " in a save, cut short" if life.cut_a_save_short else " in a save" if life.hit_a_save else ""
     begun = "from the start" if life.resumed_at is None else f"from step {life.resumed_at}"
-    text = (
-        f"{done:3}/{count}  {run.name}  {begun:>14} to row {life.steps_logged:3}  {death}{saves}, {life.seconds:.0f} s"
-    )
-    return "\n   FAULT  ".join([text, *life.faults])
+    what = f"{begun:>14} to row {life.steps_logged:3}  {death}{saves}, {life.seconds:.0f} s"
+    return "\n   FAULT  ".join([f"{done:3}/{count}  {run.name}  {what}", *life.faults])
 
 
 def check_buffers(bench: Bench) -> list[str]:
@@ -350,10 +354,8 @@ def main() -> int:
     begun = time.monotonic()
     bench, straight, start_seconds = prepare(work, options.steps, options.seed)
     print(f"straight run: {options.steps} steps, {straight.seconds:.0f} s, of which {start_seconds:.0f} s to start")
-    lives: list[Life] = []
-    runs: dict[str, list[str]] = {}
-    if not straight.faults:
-        lives, runs = kill_again_and_again(bench, options.kills, start_seconds)
+    count = 0 if straight.faults else options.kills  # against a broken one nothing can be compared
+    lives, runs = kill_again_and_again(bench, count, start_seconds)
     faults = [f"{life.log}: {fault}" for life in [straight, *lives] for fault in life.faults]
     faults += [f"{work / run}: {fault}" for run, found in runs.items() for fault in found] + check_buffers(bench)
     report(lives, runs, faults, time.monotonic() - begun, options)
@@ -369,16 +371,12 @@ def report(lives: list[Life], runs: dict[str, list[str]], faults: list[str], sec
     """The table and the JSON file."""
     killed = [life for life in lives if life.killed]
     by = Counter((life.aim, life.victim) for life in killed)
-    rows = [(victim, *(by[aim, victim] for aim in AIMS), sum(by[aim, victim] for aim in AIMS)) for victim in VICTIMS]
-    table(
-        "kills",
-        ("victim", *AIMS, "all"),
-        [*rows, ("all", *(sum(by[aim, v] for v in VICTIMS) for aim in AIMS), len(killed))],
-    )
+    table("kills", ("victim", *AIMS), [(victim, *(by[aim, victim] for aim in AIMS)) for victim in VICTIMS])
     counts = {
         "kills": len(killed),
         "kills while a checkpoint was written": sum(life.hit_a_save for life in killed),
         "of them: that checkpoint never came to be": sum(life.cut_a_save_short for life in killed),
+        "exit code 0 from DeepSpeed's command, launch.py killed": sum(life.false_success for life in lives),
         "lives that went on from a checkpoint": sum(life.resumed_at is not None for life in lives),
         "checkpoints damaged between lives": sum(life.damage_planted is not None for life in lives),
         "runs finished and equal to the straight one": sum(not found for found in runs.values()),
@@ -387,15 +385,9 @@ def report(lives: list[Life], runs: dict[str, list[str]], faults: list[str], sec
         "minutes": round(seconds / 60, 1),
     }
     table("nothing is lost" if not faults else "SOMETHING IS LOST", ("what", "number"), list(counts.items()))
-    results = {
-        "counts": counts,
-        "faults": faults,
-        "runs": runs,
-        "lives": lives,
-        "seed": options.seed,
-        "steps": options.steps,
-    }
-    write_json(options.json, {**results, **conditions("torch", "deepspeed")})
+    results = {"counts": counts, "faults": faults, "runs": runs, "lives": lives}
+    choices = {"seed": options.seed, "steps": options.steps}
+    write_json(options.json, {**results, **choices, **conditions("torch", "deepspeed")})
     print(f"written: {options.json}")
 
 

@@ -186,7 +186,8 @@ def _wait_for(aim: Aim, launcher: psutil.Popen, saving: Saving, log: Path, start
         return True
 
     if aim.when == "start":
-        return until(lambda: time.monotonic() - begun >= aim.share * start_seconds, 0.01)
+        moment = begun + aim.share * start_seconds
+        return until(lambda: time.monotonic() >= moment and aim.victim in ("all", *_family(launcher)), 0.01)
     if not until(lambda: f"\n{TRAINING}" in log.read_text(errors="replace"), 0.02):
         return False
     if aim.when == "step":
@@ -213,14 +214,13 @@ def _names(run: Path, prefix: str) -> set[str]:
 def _kill(aim: Aim, launcher: psutil.Popen, saving: Saving, life: Life) -> None:
     """SIGKILL, with a look at the folder right before and right after."""
     family = _family(launcher)
-    name = aim.victim if aim.victim in family or aim.victim == "all" else "deepspeed"
-    victims = list(family.values()) if name == "all" else [family[name]]
+    victims = family.values() if aim.victim == "all" else [family[aim.victim]] if aim.victim in family else []
     writing = saving()
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.send_signal(signal.SIGKILL)
             life.killed = True
-    life.victim = name
+    life.victim = aim.victim
     life.hit_a_save = life.killed and bool(writing & saving())
 
 
@@ -252,6 +252,8 @@ def _check(bench: Bench, run: Path, life: Life, before: dict[int, str | None], s
     life.false_success = life.exit_code == 0 and not finished(run)
     if life.false_success and life.victim != "launch.py":
         life.faults.append("exit code 0, and the run is not finished")
+    if life.killed and life.aim == "start" and finished(run):
+        life.faults.append(f"{life.victim} was killed before the first step, and the others trained to the end")
     if not life.killed and life.exit_code != 0:
         life.faults.append(f"exit code {life.exit_code}, and nobody killed it")
 

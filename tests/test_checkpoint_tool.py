@@ -71,7 +71,7 @@ def test_damage_does_not_keep_it_from_speaking(tmp_path: Path, capsys: pytest.Ca
     (folder / "training_state.json").write_text("{")
     show(folder)
     assert f"{folder}: damaged, " in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="none is not a folder"):
+    with pytest.raises(CheckpointError, match="none is not a whole checkpoint: there is no such folder"):
         show(tmp_path / "none")
 
 

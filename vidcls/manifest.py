@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     except FileNotFoundError:
         if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder") from None
+            raise CheckpointError(f"{folder} is not a whole checkpoint: there is no such folder") from None
         raise CheckpointError(f"{unfinished} {MANIFEST_NAME}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None

@@ -22,6 +22,7 @@ from tools.make_random_checkpoint import write_checkpoint
 from vidcls.config import config_from_values
 from vidcls.manifest import COMPLETE_NAME, MANIFEST_NAME, CheckpointError, faults, seal, verify
 from vidcls.model.pretrained import load_model
+from vidcls.model.stored import read_shapes
 from vidcls.training.folders import find_latest
 from vidcls.training.setup import Run, setup
 from vidcls.training.sharded_state import STATE_NAME, StoredState
@@ -98,6 +99,17 @@ def test_damage_to_any_file_is_named_and_the_older_checkpoint_taken(
         assert find_latest(run) == (older, [str(refused.value)])
         path.write_bytes(whole)
     verify(newest)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_each_rank_wrote_its_half_and_no_parameter_of_the_other(runs: Path, stage: int) -> None:
+    files = sorted((runs / f"zero{stage}" / "checkpoint-2").glob("training_state-*-of-00002.safetensors"))
+    names = [{name.partition("/")[2] for name in read_shapes(path)} for path in files]
+    assert len(names) == 2
+    assert not names[0] & names[1]
+    assert all(len(read_shapes(path)) == 4 * len(own) for path, own in zip(files, names, strict=True))
+    small, large = sorted(path.stat().st_size for path in files)
+    assert large < 1.1 * small
 
 
 def test_a_folder_that_cannot_prove_itself_is_not_evaluated(runs: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         if not folder.is_dir():
             raise CheckpointError(
-                f"resume_from_checkpoint: {folder} is not a folder on {socket.gethostname()}"
+                f"resume_from_checkpoint: there is no folder {folder} on {socket.gethostname()}"
             ) from None
         raise CheckpointError(
             f"resume_from_checkpoint: {folder} has no training state: it was written with save_only_model"

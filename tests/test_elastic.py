@@ -40,11 +40,16 @@ RECIPE: dict[str, Any] = {
     "self_check": False,
     "seed": 7,
 }
-# Of a loss of about 1.4, seen: 2.4e-7 in fp32 (two units in the last place), 8.4e-4 in bf16. Of tensors the norm of the
-# difference over that of the change since step 4, seen: 1.0e-5 for weights in fp32, where moments differ less, and
-# 0.083 in bf16, whose sums are rounded in another order on every layout.
+# Of a loss of about 1.4, seen: 2.4e-7 in fp32 (two units in the last place), 8.4e-4 in bf16; times ten and more.
 LOSS = {"fp32": 3e-6, "bf16": 0.01}
-TENSORS = {"fp32": 1e-4, "bf16": 0.3}
+# The norm of a difference over that of the change since step 4. Seen for weights and the two moments in fp32: 1.0e-5,
+# 3.0e-6 and 1.9e-6; times ten. In bf16, whose sums are rounded in another order on every layout, and where Adam makes
+# whole steps of gradients that are nothing but that rounding: 0.083, 0.028, 0.015; about times three. There the fp32
+# run is the proof, and bf16 is seen not to run away.
+TENSORS = {
+    "fp32": {"weight": 1e-4, "exp_avg": 3e-5, "exp_avg_sq": 2e-5},
+    "bf16": {"weight": 0.3, "exp_avg": 0.1, "exp_avg_sq": 0.05},
+}
 
 
 def write_recipe(path: Path, shards: Path, precision: str, ranks: int, stage: int, resume: Path | None) -> Path:
@@ -128,11 +133,11 @@ def test_the_final_weights_and_moments_are_those_of_the_straight_run(runs: Path,
     assert found.keys() == expected.keys()
     names = [name for name in expected if name.startswith("training_state: ")]
     shares = {}
-    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+    for kind in TENSORS[precision]:
         of_kind = [name for name in names if name.startswith(f"training_state: {kind}/")]
         assert len(of_kind) > 10
         apart = sum(float((found[name] - expected[name]).double().square().sum()) for name in of_kind)
         moved = sum(float((begun[name] - expected[name]).double().square().sum()) for name in of_kind)
         shares[kind] = (apart / moved) ** 0.5
     print(f"{precision}: difference over change since step 4: {shares}")
-    assert max(shares.values()) < TENSORS[precision]
+    assert {kind: share for kind, share in shares.items() if share >= TENSORS[precision][kind]} == {}

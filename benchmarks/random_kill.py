@@ -50,7 +50,7 @@ from rounds import RESULTS, conditions, table, write_json
 
 sys.path.append(str(ROOT))  # tools and tests are no packages that are installed
 from tests.support import kills
-from tests.support.launch import shared_buffers, wait_until_gone
+from tests.support.launch import session_processes, shared_buffers, wait_until_gone
 from tests.support.shards import make_shards
 from tools.make_motion_clips import make_motion_clips
 
@@ -158,8 +158,11 @@ def live(bench: Bench, run: Path, number: int, aim: Aim | None, start_seconds: f
             there = _names(run, "checkpoint-")
             _kill(aim, launcher, saving, life)
         killed_at = time.monotonic()
-        if left := wait_until_gone(launcher.pid, GONE_SECONDS if life.killed else LIFE_SECONDS):
-            life.faults.append(f"still there {GONE_SECONDS:g} s after the kill: {left}")
+        wait_until_gone(launcher.pid, GONE_SECONDS if life.killed else LIFE_SECONDS)
+        for left in session_processes(launcher.pid):
+            with contextlib.suppress(psutil.Error):
+                about = left.as_dict(["pid", "ppid", "status", "num_threads", "create_time", "cmdline"])
+                life.faults.append(f"still there {time.monotonic() - killed_at:.0f} s later: {about}")
     life.seconds_to_gone = round(time.monotonic() - killed_at, 2) if life.killed else 0.0
     life.exit_code = launcher.wait()
     life.seconds = round(time.monotonic() - begun, 1)

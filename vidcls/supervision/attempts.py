@@ -70,9 +70,19 @@ class Attempt:
         return asdict(self)
 
 
-def watch(session: Session, folder: RunFolder, requests: StopRequests, patience: Patience, rejoin: Return) -> End:
-    """Wait for the end of a launch, and bring it about where it must be."""
-    known = folder.reports()
+def watch(
+    session: Session,
+    folder: RunFolder,
+    known: set[str],
+    requests: StopRequests,
+    patience: Patience,
+    rejoin: Return,
+) -> End:
+    """Wait for the end of a launch, and bring it about where it must be.
+
+    Args:
+        known: the reports that were there before it.
+    """
     asked, deadline = "", None
     first_report, looked, size = None, 0.0, folder.log_size()
     alive = time.monotonic()

@@ -177,7 +177,7 @@ class Supervisor:
         probe = self.places.probe if self.places else probe_all
         back = Return(list(attempt.dropped) if few else [], probe, self.options.rejoin_every)
         try:
-            end = watch(session, self.folder, self.requests, self.patience, back)
+            end = watch(session, self.folder, reports, self.requests, self.patience, back)
         finally:
             back.close()
             session.kill()

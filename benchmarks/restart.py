@@ -1,6 +1,6 @@
 """What a fault costs under launch/supervise.py, and how often it pays to save.
 
-    python benchmarks/restart.py [--rounds 3] [--intervals 5 15 45]       about six minutes
+    python benchmarks/restart.py [--rounds 3] [--intervals 5 15 45]       about five minutes
 
 The built-in tiny backbone on two CPU ranks, through the real launcher. First, in each round, the time from the command
 to the end of step 1, and from the SIGKILL of a rank to the end of the first step after the checkpoint: noticing it,

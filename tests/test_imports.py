@@ -26,7 +26,7 @@ ROWS = (
     ("vidcls.faults",),
     ("vidcls.distributed", "vidcls.command", "vidcls.progress"),
     ("vidcls.data", "vidcls.model"),
-    ("vidcls.evaluation", "vidcls.sharding", "vidcls.inspection"),
+    ("vidcls.evaluation", "vidcls.sharding", "vidcls.inspection", "vidcls.doctor", "vidcls.supervision"),
     ("vidcls.training",),
     ("vidcls.export", "vidcls.predict"),
     ("launch", "tools"),

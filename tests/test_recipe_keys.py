@@ -44,6 +44,7 @@ from vidcls.training.setup import Run, setup
 HERE = "tests/test_recipe_keys.py"
 COMMAND, RESUME, CONFIG = "tests/test_train_command.py", "tests/test_resume.py", "tests/test_config.py"
 OPTIMIZER, EVALUATING = "tests/training/test_optimizer.py", "tests/training/test_evaluating.py"
+FAULTS, LIMITS = "tests/test_faults_command.py", "tests/faults/test_guard.py::test_limits_are_those_of_the_recipe"
 PARITY, BAD = "tests/training/test_parity.py", "tests/training/test_bad_samples.py"
 TESTED: dict[str, str] = {
     "model_name_or_path": f"{HERE}::test_model_name_or_path",
@@ -149,6 +150,14 @@ TESTED: dict[str, str] = {
     "plot_loss": f"{HERE}::test_plot_loss_and_report_to",
     "report_to": f"{HERE}::test_plot_loss_and_report_to",
     "seed": f"{HERE}::test_seed",
+    "save_every_minutes": "tests/training/test_stopping.py::test_a_save_is_due_once_when_the_minutes_are_over",
+    "start_timeout": LIMITS,
+    "data_timeout": LIMITS,
+    "step_timeout": LIMITS,
+    "save_timeout": LIMITS,
+    "stop_timeout": LIMITS,
+    "max_nonfinite_steps": "tests/training/test_stopping.py::test_steps_that_are_not_finite_end_the_run_in_the_end",
+    "log_order": f"{FAULTS}::test_asked_to_stop_a_run_saves_and_goes_on_as_if_it_had_not",
     "ddp_timeout": f"{HERE}::test_what_a_run_is_while_it_runs",
     "self_check": f"{HERE}::test_self_check",
     **{f"datasets.{key}": f"{HERE}::test_datasets" for key in DatasetOptions.model_fields},

@@ -51,6 +51,8 @@ def test_the_output_folder_has_what_is_promised(finished_run: Path) -> None:
         "train_log.jsonl",
         "training_loss.png",
         "tensorboard",
+        "outcome.json",
+        "run.lock",
         "checkpoint-4",
         "checkpoint-6",
     }

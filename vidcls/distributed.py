@@ -47,7 +47,7 @@ def check_hostfile() -> None:
     Raises:
         LaunchError: the hostfile named on the launcher's command line is not a file.
     """
-    for pid in launchers():
+    for pid in launchers() or []:
         words = words_of(pid)
         for i, word in enumerate(words):
             name = None

@@ -22,6 +22,7 @@ from tests.support import launch
 from tests.training.plain import PlainResult, train_plainly
 from vidcls.config import config_from_values
 from vidcls.data.loader import Request
+from vidcls.data.reading import read_batches
 from vidcls.model.pretrained import read_spec
 from vidcls.model.tuning import parameter_part
 from vidcls.training.engine import train_step
@@ -217,7 +218,8 @@ def watch_training(values: dict[str, Any]) -> Report:
     objective = Objective.of(run.config.optim, run.data.class_counts(), engine.device)
     tally = Tally.zero(1, engine.device)
     before = {name: whole(p) for name, p in engine.module.named_parameters()}
-    batches = (run.clips[Request(tuple(range(step, step + GLOBAL_BATCH)))] for step in range(3))
+    requests = [Request(tuple(range(step, step + GLOBAL_BATCH))) for step in range(3)]
+    batches = read_batches(run.clips, requests, workers=0, pin=False)
     for step in range(3):
         train_step(engine, batches, objective, tally, accumulation=1, step=step, rate=1e-3, seed=0)
     parameters = dict(engine.module.named_parameters())

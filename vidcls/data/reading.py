@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,11 @@ class BatchReader:
         self.waited += time.perf_counter() - start
         return batch.pin_memory() if self._pin else batch
 
+    def close(self) -> None:
+        """End the workers; for a consumer that does not read to the end. Waits up to 5 s for the clips under way."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()  # it holds the loader's only reference, which ends the workers when it goes
+
     def awaited(self) -> str:
         """Shards and keys of the next batch, or "" when none has been asked for yet."""
         return self._clips.describe(self._asked[0], CLIPS_NAMED) if self._asked else ""
@@ -95,7 +102,7 @@ def _read_by_workers(clips: ClipBatches, requests: Iterator[Request], workers: i
         prefetch_factor=PREFETCHED,
         collate_fn=_unchanged,  # type: ignore[arg-type]
         timeout=seconds,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, rank=os.getpid()),
         multiprocessing_context="fork",  # the slots are inherited
     )
     return (parcel.unpack(slots) for parcel in loader)
@@ -144,13 +151,15 @@ class _Sender(Dataset[_Parcel]):
         return _Parcel.pack(self.clips.read(request, into), slot)
 
 
-def _start_worker(number: int) -> None:
-    """Workers end with their rank, and by nothing else: cluster managers signal every process of a job, and a rank
-    that is asked to stop still needs its batches for the step under way."""
+def _start_worker(number: int, rank: int) -> None:
+    """Workers end with their rank (its process), and by nothing else: cluster managers signal every process of a job,
+    and a rank that is asked to stop still needs its batches for the step under way."""
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):  # Linux; elsewhere torch's own look at the parent, every 5 s
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != rank:  # it died before the kernel was asked
+        os._exit(1)
 
 
 def _unchanged(parcel: _Parcel) -> _Parcel:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 SIZE = 16384
 _HEADER = struct.Struct("<QI")  # version (odd while it is written), bytes of JSON
 _ORDER_AT = 32  # where the guardian writes the exit code that the rank shall leave with; 0: stay
+_WATCHED_AT = 33  # 1 once the guardian looks
 _BODY_AT = 64
 CLIPS_LENGTH = 2000  # characters kept of the clips' names
 
@@ -69,6 +70,12 @@ class Board:
                 return Status(**json.loads(body))
             time.sleep(0.001)
         return None
+
+    def watch(self) -> None:
+        self._memory[_WATCHED_AT] = 1
+
+    def is_watched(self) -> bool:
+        return bool(self._memory[_WATCHED_AT])
 
     def order_to_leave(self, code: int) -> None:
         self._memory[_ORDER_AT] = code

@@ -55,7 +55,8 @@ def exit_of(error: BaseException) -> Exit:
         return Exit.OUT_OF_MEMORY
     if isinstance(error, RuntimeError | OSError) and any(part in text for part in MEMORY_TEXTS):
         return Exit.OUT_OF_MEMORY
-    if names & DATA_CLASSES:
+    # torch notices a dead loader worker by a signal: whatever the rank does then is interrupted by this.
+    if names & DATA_CLASSES or text.startswith("DataLoader worker"):
         return Exit.DATA
     if isinstance(error, ConnectionError) or names & COMMUNICATION_CLASSES:
         return Exit.PEER_LOST

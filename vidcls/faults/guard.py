@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from vidcls.faults.board import CLIPS_LENGTH, Board, Status
-from vidcls.faults.causes import exit_of
+from vidcls.faults.causes import RankFailedError, exit_of
 from vidcls.faults.exits import Exit
 from vidcls.faults.guardian import DUMP_SIGNAL
 from vidcls.faults.processes import exit_now, launchers, rank_from_environment, start_of
@@ -35,6 +35,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 5.0  # the launcher and the cluster manager may both signal every process
 LOOK_SECONDS = 0.25
 LINGER_SECONDS = 4.0  # for which a rank that lost a peer waits, so that the launcher sees the peer's exit code first
+GUARDIAN_SECONDS = 20.0  # for the guardian to start on a busy host
 DATA_GRACE_SECONDS = 10.0
 LEAVE_SECONDS = 60.0  # for leaving the process group and ending the interpreter
 
@@ -74,12 +75,16 @@ class Guard:
         self._asked_at = 0.0
         self._until = 0.0  # time.monotonic() at which the phase's limit is reached
         self._can_save = False
+        self._failing = False
         self._status = Status(rank=rank)
         self._lock = threading.Lock()  # main thread and _look; never a signal handler
         self._board = Board.create()
         self._stacks = tempfile.TemporaryFile(prefix="vidcls-stacks-")  # noqa: SIM115 - as long as the process lives
 
     def start(self) -> None:
+        above = launchers()
+        if above is None:
+            raise RankFailedError("the launcher that started this rank is gone already")
         faulthandler.enable(self._stacks, all_threads=True)
         faulthandler.register(DUMP_SIGNAL, self._stacks, all_threads=True, chain=False)
         for number in STOP_SIGNALS:
@@ -89,13 +94,17 @@ class Guard:
         package = Path(__file__).parents[2]
         path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
         words = [sys.executable, "-m", "vidcls.faults.guardian", os.getpid(), start_of(os.getpid()), *descriptors]
-        words += [str(self.output_dir.absolute()) if self.output_dir else "", *launchers()]
-        subprocess.Popen(
+        words += [str(self.output_dir.absolute()) if self.output_dir else "", *above]
+        guardian = subprocess.Popen(
             [str(word) for word in words],
             env={**os.environ, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             pass_fds=descriptors,
         )
+        # From here on nothing can happen unseen; a tenth of a second, before the seconds that imports take.
+        until = time.monotonic() + GUARDIAN_SECONDS
+        while not self._board.is_watched() and guardian.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
         threading.Thread(target=self._look, name="guard", daemon=True).start()
 
     def joined(self, rank: int, world_size: int, launch: str) -> None:
@@ -129,6 +138,7 @@ class Guard:
 
     def fail(self, error: BaseException) -> None:
         """Say why, write the report, and end the process."""
+        self._failing = True
         code = exit_of(error)
         traceback.print_exception(error)
         message = f"{type(error).__name__}: {error}"
@@ -178,7 +188,7 @@ class Guard:
         name = signal.Signals(number).name
         if self.stop_wanted is None:
             self.request_stop(name)
-            if not self._can_save:
+            if not self._can_save and not self._failing:
                 self._leave_at_once(Exit.STOPPED)
         elif time.monotonic() - self._asked_at > SAME_REQUEST_SECONDS:
             self._leave_at_once(128 + number)
@@ -216,8 +226,8 @@ def guarded(output_dir: Path | None, limits: Limits) -> Iterator[None]:
     global _current
     assert _current is None
     guard = _current = Guard(output_dir, rank_from_environment(), limits)
-    guard.start()
     try:
+        guard.start()
         yield
     except (SystemExit, KeyboardInterrupt):
         guard.leave()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vidcls.faults.board import Board, Status
 from vidcls.faults.exits import Exit
-from vidcls.faults.processes import start_of, state_of
+from vidcls.faults.processes import forks_of, start_of, state_of
 from vidcls.faults.reports import Report, out_of_memory_kills, read_reports, write_report
 
 DUMP_SIGNAL = signal.SIGRTMIN + 5  # a rank answers with the stacks of all its threads, without needing Python's lock
@@ -30,6 +30,7 @@ LOOK_SECONDS = 0.5
 PEERS_SECONDS = 2.0  # between looks for the reports of other ranks, on a disk that many share
 FOLLOW_SECONDS = 15.0  # in which a rank should notice by itself that another one has left
 LEAVE_SECONDS = 3.0  # in which a rank that was told to leave does so; then it is killed
+ASLEEP_SECONDS = 5.0  # a look that takes longer was held up, not busy
 MAX_STACKS = 2**20
 
 
@@ -45,17 +46,35 @@ class Guardian:
     launchers: list[tuple[int, int | None]]
 
     def watch(self) -> None:
-        """Until the rank is gone."""
+        """Until the rank is gone, and what it forked."""
+        words, environment = (Path(f"/proc/{self.pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+        self.board.watch()
+        self._watch()
+        # Loader workers end with their rank, unless they were still being forked.
+        until = time.monotonic() + LEAVE_SECONDS
+        while time.monotonic() < until and start_of(self.pid) == self.started:
+            time.sleep(0.1)
+        for pid in forks_of(self.pid, words, environment):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _watch(self) -> None:
         ended = os.pidfd_open(self.pid)
         kills_before = out_of_memory_kills()
         status: Status | None = None
         peer_seen, looked = None, 0.0
+        deadline, forgiven, last = None, 0.0, time.monotonic()
         while not select.select([ended], [], [], LOOK_SECONDS)[0]:
             status = self.board.read() or status
             if status is None:
                 continue
             now = time.monotonic()
-            if status.deadline is not None and now > status.deadline:
+            if status.deadline != deadline:
+                deadline, forgiven = status.deadline, 0.0
+            # Where the guardian itself was stopped, so was the rank: a cluster manager suspends whole jobs.
+            forgiven += max(0.0, now - last - ASLEEP_SECONDS)
+            last = now
+            if deadline is not None and now > deadline + forgiven:
                 self._end_stuck(status)
                 return
             if status.leaving or status.stopping:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+LAUNCHED_BY_DEEPSPEED = "CROSS_SIZE"  # set for every rank by deepspeed.launcher.launch, and by nothing else
+
 
 def rank_from_environment() -> int:
     """This process's rank before the process group exists (0 when there is no launcher)."""
@@ -60,22 +62,38 @@ def is_deepspeed(words: list[str]) -> bool:
     return any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in words[:5])
 
 
-def launchers() -> list[int]:
-    """The processes without which this one must not go on, nearest first.
+def launchers() -> list[int] | None:
+    """The processes without which this one must not go on, nearest first; None: they are gone already.
 
     They are DeepSpeed's above it on this host. On a host that was reached over SSH the `deepspeed` command is
     elsewhere, so the SSH session stands for it: it ends when the command, its pdsh or the link to them does.
     """
     above = list(ancestors(os.getpid()))
     ours = [pid for pid in above if is_deepspeed(words_of(pid))]
-    is_command = any(Path(word).name == "deepspeed" for pid in ours for word in words_of(pid)[:5])
-    if not ours or is_command:
+    if not ours:
+        return None if LAUNCHED_BY_DEEPSPEED in os.environ else []
+    if any(Path(word).name == "deepspeed" for pid in ours for word in words_of(pid)[:5]):
         return ours
-    session = above[above.index(ours[-1]) + 1 :]
-    for place, pid in enumerate(session):
+    beyond = above[above.index(ours[-1]) + 1 :]
+    for place, pid in enumerate(beyond):
         if Path((words_of(pid) or [""])[0].split(":")[0]).name.startswith("sshd"):
-            return ours + session[: place + 1]
-    return ours
+            return ours + beyond[: place + 1]
+    # What `deepspeed` started and process 1 now has, has lost it; but a container may start launch.py itself.
+    session = os.getsid(ours[-1])
+    return None if not beyond and session != ours[-1] and start_of(session) is None else ours
+
+
+def forks_of(pid: int, words: bytes, environment: bytes) -> list[int]:
+    """Processes forked from `pid` that have become nothing else since, also when it is gone: they show its command line
+    and its environment."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != pid:
+            with contextlib.suppress(OSError):
+                same = (folder / "cmdline").read_bytes() == words and (folder / "environ").read_bytes() == environment
+                if same and start_of(int(folder.name)) is not None:
+                    found.append(int(folder.name))
+    return found
 
 
 def ancestors(pid: int) -> Iterator[int]:

@@ -123,6 +123,7 @@ def train(run: Run) -> Outcome:
                 if decision.stop and done < run.steps:
                     break
             agreement.finish()
+        batches.close()
         guard.phase("finish", done)
         if check:
             _say(log, check.at_end())

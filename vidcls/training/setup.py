@@ -101,7 +101,9 @@ def setup(config: Config) -> Run:
     if config.optim.warmup_steps is not None and config.optim.warmup_steps >= steps:
         raise ConfigError(f"warmup_steps: {config.optim.warmup_steps} of {steps} steps leaves none at the full rate")
     learning_rate(0, steps, config.optim)  # the schedule knows its own arguments
-    if start.step >= steps:
+    # One that was killed right after its last save is done, and only has to say so.
+    done = start.step == steps and config.run.resume_from_checkpoint == "latest"
+    if start.step >= steps and not done:
         raise ConfigError(f"resume_from_checkpoint: {resume} has {start.step} of {steps} steps done; nothing is left")
     evaluations = None
     if eval_clips:

@@ -77,8 +77,7 @@ def test_a_sound_run_passes_and_is_not_changed(small_shards: Path, tmp_path: Pat
             assert "reads back bit by bit" in lines, name
             assert "not judged" not in lines, name
     weights = {
-        name: StoredState.open(tmp_path / name / "checkpoint-5")
-        for name in ("lora", "lora-unchecked", "resumed")
+        name: StoredState.open(tmp_path / name / "checkpoint-5") for name in ("lora", "lora-unchecked", "resumed")
     }
     for other in ("lora", "resumed"):
         for name, tensor in weights["lora-unchecked"].items():

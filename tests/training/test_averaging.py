@@ -108,7 +108,8 @@ def test_nothing_is_left_behind(folder: Path, case: str) -> None:
     for rank in range(RANKS):
         before, after = noted(folder, case, "before", rank), noted(folder, case, "after", rank)
         assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
+        # By bits: the padding of a partition is never written, and may hold a NaN, which equals nothing.
+        assert all(torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8)) for n in before)
         last, alone = noted(folder, case, f"masters{STEPS}", rank), noted(folder, case, "alone", rank)
         assert all(torch.equal(last[name], alone[name]) for name in last)
 

@@ -1,6 +1,6 @@
 """What a fault costs under launch/supervise.py, and how often it pays to save.
 
-    python benchmarks/restart.py [--rounds 3] [--intervals 5 15 45]       about five minutes
+    python benchmarks/restart.py [--rounds 3] [--intervals 5 15 45] [--every 300]       about ten minutes
 
 The built-in tiny backbone on two CPU ranks, through the real launcher. First, in each round, the time from the command
 to the end of step 1, and from the SIGKILL of a rank to the end of the first step after the checkpoint: noticing it,
@@ -9,6 +9,9 @@ of 60 steps in which a rank is killed at step 44, and where its time went:
 
     useful     steps that count, by the rates in the log          saving   steps done once, less that: the checkpoints
     again      steps that no checkpoint held                      starts   all else: both starts, the end, the waiting
+
+Then a run in which a rank is killed every --every steps, three times, saving every 15: its goodput as it was, and as
+the formula below has it.
 
 From one save's cost C follows the interval that loses least for a mean time M between faults, sqrt(2 C M) (Young 1974,
 Daly 2006), and the share of time that is useful for any interval t: 1 / (1 + C/t + (t/2 + R)/M), R the restart. The
@@ -40,6 +43,7 @@ from rounds import RESULTS, Spread, conditions, table, write_json
 LAUNCH_SECONDS = 300.0
 BAR = 1.5
 STEPS, FAULT = 60, 44
+REPEATED, REPEATED_INTERVAL = 3, 15  # faults, steps between saves
 MTBF_HOURS = (0.5, 2.0, 8.0, 24.0)
 
 
@@ -67,6 +71,19 @@ class Disturbed:
         """Where its time went, in seconds."""
         known = {"useful": self.useful, "saving": self.saves * save, "again": self.lost_steps * self.step}
         return {**known, "starts": self.wall - sum(known.values())}
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """One run with a fault every `every` steps. goodput: useful seconds of all; expected: by `goodput()`."""
+
+    every: int
+    faults: int
+    lost_steps: int
+    wall: float
+    useful: float
+    goodput: float
+    expected: float
 
 
 class Run:
@@ -165,6 +182,21 @@ def disturbed(folder: Path, shards: Path, interval: int) -> Disturbed:
     )
 
 
+def again_and_again(folder: Path, shards: Path, every: int, save: float, restart: float) -> Repeated:
+    with supervised(folder, shards, steps=every * (REPEATED + 1), interval=REPEATED_INTERVAL) as run:
+        for number in range(1, REPEATED + 1):
+            run.wait_for(every * number)
+            run.kill_a_rank()
+            run.wait_for(
+                every * number - REPEATED_INTERVAL, every * number - 1
+            )  # it goes on from the checkpoint before
+        step = median(run_seconds(row) for row in run.rows())
+        summary = run.finish()
+    wall, useful = summary["wall_seconds"], summary["useful_seconds"]
+    expected = goodput(REPEATED_INTERVAL * step, save, restart, wall / (REPEATED + 1))
+    return Repeated(every, REPEATED, summary["lost_steps"], wall, useful, useful / wall, expected)
+
+
 def run_seconds(row: dict) -> float:
     """Of the step that a row is of: 2 ranks of 8 clips."""
     return 16 / row["samples_per_second"]
@@ -199,7 +231,7 @@ def plot(runs: Sequence[Disturbed], save: float, restart: float, path: Path) -> 
     figure.savefig(path, dpi=100)
 
 
-def report(faults: Sequence[Fault], runs: Sequence[Disturbed], save: float, restart: float) -> None:
+def report(faults: Sequence[Fault], runs: Sequence[Disturbed], repeated: Repeated, save: float, restart: float) -> None:
     ratio = Spread.of([fault.restart / fault.cold for fault in faults])
     rows = [
         ["command to the end of step 1", f"{Spread.of([fault.cold for fault in faults])} s"],
@@ -215,6 +247,10 @@ def report(faults: Sequence[Fault], runs: Sequence[Disturbed], save: float, rest
         share = f"{run.useful / run.wall:.0%}"
         lines.append([str(run.interval), str(run.lost_steps), *(f"{value:.1f} s" for value in seconds), share])
     table(f"{STEPS} steps, a rank killed at step {FAULT}", columns, lines)
+    columns = ["a fault every", "faults", "steps lost", "useful", "all", "goodput", "by the formula"]
+    line = [f"{repeated.every} steps", str(repeated.faults), str(repeated.lost_steps), f"{repeated.useful:.1f} s"]
+    line += [f"{repeated.wall:.1f} s", f"{repeated.goodput:.0%}", f"{repeated.expected:.0%}"]
+    table(f"A rank killed again and again, a save every {REPEATED_INTERVAL} steps", columns, [line])
     advice = []
     for hours in MTBF_HOURS:
         best = math.sqrt(2 * save * hours * 3600)
@@ -227,7 +263,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="cold starts and restarts (default: 3)")
     parser.add_argument("--intervals", type=int, nargs="+", default=[5, 15, 45], help="steps (default: 5 15 45)")
+    parser.add_argument("--every", type=int, default=300, help="steps between faults of the last run (default: 300)")
     args = parser.parse_args()
+    if args.every <= 2 * REPEATED_INTERVAL:
+        parser.error(f"--every must be more than {2 * REPEATED_INTERVAL}")
     if args.rounds < 1 or not all(1 <= interval <= STEPS for interval in args.intervals):
         parser.error(f"--rounds must be at least 1, --intervals 1 to {STEPS}")
     if min(args.intervals) > FAULT // 3:
@@ -242,15 +281,17 @@ def main() -> int:
         tool("make_shards.py", "folder", "--videos", work / "videos", "--out", work / "shards", *settings)
         faults = [one_fault(work, work / "shards") for _ in range(args.rounds)]
         runs = [disturbed(work, work / "shards", interval) for interval in sorted(args.intervals)]
+        save = next((run.save for run in runs if run.save is not None), 0.0)
+        restart = median(fault.restart for fault in faults)
+        repeated = again_and_again(work, work / "shards", args.every, save, restart)
     except (RuntimeError, subprocess.SubprocessError, psutil.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
         shutil.rmtree(work)
-    save = next((run.save for run in runs if run.save is not None), 0.0)
-    restart = median(fault.restart for fault in faults)
-    report(faults, runs, save, restart)
-    write_json(RESULTS / "restart.json", {**conditions("torch", "deepspeed"), "faults": faults, "runs": runs})
+    report(faults, runs, repeated, save, restart)
+    figures = {"faults": faults, "runs": runs, "repeated": repeated}
+    write_json(RESULTS / "restart.json", {**conditions("torch", "deepspeed"), **figures})
     plot(runs, save, restart, RESULTS / "restart.png")
     return 0
 

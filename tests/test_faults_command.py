@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
 import socket
 import time
@@ -88,6 +90,12 @@ def kill_launcher(run: Running) -> None:
     run.rank(1).parent().parent().kill()
 
 
+def starve_rank(run: Running) -> None:
+    """As `ulimit -v` would, set so low that the next large piece of memory is refused."""
+    rank = run.rank(1)
+    rank.rlimit(resource.RLIMIT_AS, (rank.memory_info().vms - 2**28, resource.RLIM_INFINITY))
+
+
 @pytest.mark.parametrize(
     ("act", "codes", "kind", "message"),
     [
@@ -95,6 +103,7 @@ def kill_launcher(run: Running) -> None:
         (stop_rank, (Exit.PEER_LOST, Exit.STUCK, KILLED), "stuck", "the process is stopped"),
         (kill_worker, (Exit.DATA,), "data", "killed by signal: Killed"),
         (stop_worker, (Exit.DATA,), "data", "a loader worker failed: DataLoader timed out after 6 seconds"),
+        (starve_rank, (Exit.OUT_OF_MEMORY,), "out_of_memory", "allocate memory"),
         (kill_launcher, (-signal.SIGKILL,), "launcher_gone", "the launcher, or the SSH session to it, is gone"),
     ],
 )
@@ -219,8 +228,6 @@ def test_a_port_that_is_taken(small_shards: Path, tmp_path: Path) -> None:
 
 
 def test_a_shard_replaced_after_the_start(small_shards: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "shards"
     shutil.copytree(small_shards, copy)
     run = Running(copy, tmp_path)

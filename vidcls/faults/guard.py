@@ -35,6 +35,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 5.0  # the launcher and the cluster manager may both signal every process
 LOOK_SECONDS = 0.25
 LINGER_SECONDS = 4.0  # for which a rank that lost a peer waits, so that the launcher sees the peer's exit code first
+GLOO_ADVICE = " This is typically caused by"  # and so on: general, and longer than what happened
 GUARDIAN_SECONDS = 20.0  # for the guardian to start on a busy host
 DATA_GRACE_SECONDS = 10.0
 LEAVE_SECONDS = 60.0  # for leaving the process group and ending the interpreter
@@ -141,7 +142,7 @@ class Guard:
         self._failing = True
         code = exit_of(error)
         traceback.print_exception(error)
-        message = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}".partition(GLOO_ADVICE)[0].strip()
         if code == Exit.PEER_LOST:
             message = self._linger(message)
         status = self._status

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import os
@@ -26,6 +25,9 @@ WORKER_SECONDS = 300
 PREFETCHED = 2  # batches under way per worker
 CLIPS_NAMED = 8  # of a batch
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# Looked up here: dlopen in a forked process waits for ever where another thread of the rank held its lock at the fork.
+# Without it (not Linux) there is torch's own look at the parent, every 5 s.
+PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 class LoaderError(RuntimeError):
@@ -156,8 +158,8 @@ def _start_worker(number: int, rank: int) -> None:
     and a rank that is asked to stop still needs its batches for the step under way."""
     for name in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
-    with contextlib.suppress(OSError, AttributeError):  # Linux; elsewhere torch's own look at the parent, every 5 s
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if PRCTL is not None:
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != rank:  # it died before the kernel was asked
         os._exit(1)
 

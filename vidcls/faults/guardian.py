@@ -31,6 +31,7 @@ PEERS_SECONDS = 2.0  # between looks for the reports of other ranks, on a disk t
 FOLLOW_SECONDS = 15.0  # in which a rank should notice by itself that another one has left
 LEAVE_SECONDS = 3.0  # in which a rank that was told to leave does so; then it is killed
 ASLEEP_SECONDS = 5.0  # a look that takes longer was held up, not busy
+DUMP_SECONDS = 0.5  # for the stacks to be written
 MAX_STACKS = 2**20
 
 
@@ -116,7 +117,7 @@ class Guardian:
     def _end(self, status: Status, kind: str, code: Exit, message: str) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, DUMP_SIGNAL)
-        time.sleep(0.5)
+        time.sleep(DUMP_SECONDS)
         self._report(status, kind, code, message)
         self._make_leave(code)
 

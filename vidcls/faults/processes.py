@@ -65,8 +65,9 @@ def is_deepspeed(words: list[str]) -> bool:
 def launchers() -> list[int] | None:
     """The processes without which this one must not go on, nearest first; None: they are gone already.
 
-    They are DeepSpeed's above it on this host. On a host that was reached over SSH the `deepspeed` command is
-    elsewhere, so the SSH session stands for it: it ends when the command, its pdsh or the link to them does.
+    They are DeepSpeed's above it on this host. On a host that was reached over SSH the `deepspeed` command is not among
+    them: the SSH session stands for it, which ends with pdsh or the link, and on the command's own host pdsh and the
+    command itself. The ranks of other hosts follow those of this one.
     """
     above = list(ancestors(os.getpid()))
     ours = [pid for pid in above if is_deepspeed(words_of(pid))]
@@ -77,10 +78,27 @@ def launchers() -> list[int] | None:
     beyond = above[above.index(ours[-1]) + 1 :]
     for place, pid in enumerate(beyond):
         if Path((words_of(pid) or [""])[0].split(":")[0]).name.startswith("sshd"):
-            return ours + beyond[: place + 1]
+            senders = _senders(words_of(ours[-1]))
+            return None if senders is None else ours + beyond[: place + 1] + senders
     # What `deepspeed` started and process 1 now has, has lost it; but a container may start launch.py itself.
     session = os.getsid(ours[-1])
     return None if not beyond and session != ours[-1] and start_of(session) is None else ours
+
+
+def _senders(launch: list[str]) -> list[int] | None:
+    """pdsh and the `deepspeed` command that sent this launch.py to its host, if they are here; None: it is gone.
+
+    A pdsh whose command was killed goes on, and so would the ranks.
+    """
+    marks = [word for word in launch if word.startswith(("--world_info=", "--master_port=", "--master_addr="))]
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        words = words_of(int(folder.name))
+        if words and Path(words[0]).name == "pdsh" and all(mark in words for mark in marks):
+            command = parent_of(int(folder.name))
+            return [int(folder.name), command] if is_deepspeed(words_of(command)) else None
+    return []
 
 
 def forks_of(pid: int, words: bytes, environment: bytes) -> list[int]:

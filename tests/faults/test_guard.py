@@ -17,7 +17,7 @@ from tests.support.launch import session_processes, wait_until_gone
 from vidcls.faults.board import Board, Status
 from vidcls.faults.exits import Exit
 from vidcls.faults.guard import DATA_GRACE_SECONDS, Limits
-from vidcls.faults.processes import forks_of, start_of
+from vidcls.faults.processes import forks_of, start_of, words_of
 from vidcls.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
@@ -189,14 +189,18 @@ def test_the_board_is_read_as_it_was_written() -> None:
     assert board.ordered() == Exit.STUCK
 
 
-def test_a_fork_is_known_by_what_it_shows() -> None:
-    words, environment = (Path(f"/proc/self/{name}").read_bytes() for name in ("cmdline", "environ"))
+def test_a_fork_is_known_by_what_it_shares(tmp_path: Path) -> None:
+    words = words_of(os.getpid())
+    board, other = Board.create(), Board.create()
     child = os.fork()
     if child == 0:
         time.sleep(30)
         os._exit(0)
     try:
-        assert child in forks_of(os.getpid(), words, environment)
+        assert forks_of(os.getpid(), words, board.descriptor) == [child]
+        later = Board.create()  # another run's of the same words
+        assert forks_of(os.getpid(), words, later.descriptor) == []
+        assert forks_of(os.getpid(), ["another"], other.descriptor) == []
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -26,7 +26,7 @@ from vidcls.faults.board import CLIPS_LENGTH, Board, Status
 from vidcls.faults.causes import RankFailedError, exit_of
 from vidcls.faults.exits import Exit
 from vidcls.faults.guardian import DUMP_SECONDS, DUMP_SIGNAL, MAX_STACKS
-from vidcls.faults.processes import exit_now, forks_of, launchers, parent_of, rank_from_environment, start_of
+from vidcls.faults.processes import exit_now, forks_of, launchers, rank_from_environment, start_of, words_of
 from vidcls.faults.reports import Report, read_reports, write_report
 from vidcls.options import RunOptions
 
@@ -167,10 +167,8 @@ class Guard:
 
     def _stacks_of_forks(self) -> str:
         """What the loader workers do, by the fault handler that they were forked with."""
-        words, environment = (Path(f"/proc/self/{name}").read_bytes() for name in ("cmdline", "environ"))
-        for pid in forks_of(os.getpid(), words, environment):
-            if parent_of(pid) == os.getpid():
-                os.kill(pid, DUMP_SIGNAL)
+        for pid in forks_of(os.getpid(), words_of(os.getpid()), self._board.descriptor):
+            os.kill(pid, DUMP_SIGNAL)
         time.sleep(DUMP_SECONDS)
         dumped = os.pread(self._stacks.fileno(), MAX_STACKS, 0).decode(errors="replace")
         return f"\nloader workers:\n{dumped}" if dumped else ""

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vidcls.faults.board import Board, Status
 from vidcls.faults.exits import Exit
-from vidcls.faults.processes import forks_of, start_of, state_of
+from vidcls.faults.processes import forks_of, start_of, state_of, words_of
 from vidcls.faults.reports import Report, out_of_memory_kills, read_reports, write_report
 
 DUMP_SIGNAL = signal.SIGRTMIN + 5  # a rank answers with the stacks of all its threads, without needing Python's lock
@@ -48,14 +48,14 @@ class Guardian:
 
     def watch(self) -> None:
         """Until the rank is gone, and what it forked."""
-        words, environment = (Path(f"/proc/{self.pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+        words = words_of(self.pid)
         self.board.watch()
         self._watch()
         # Loader workers end with their rank, unless they were still being forked.
         until = time.monotonic() + LEAVE_SECONDS
         while time.monotonic() < until and start_of(self.pid) == self.started:
             time.sleep(0.1)
-        for pid in forks_of(self.pid, words, environment):
+        for pid in forks_of(self.pid, words, self.board.descriptor):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

@@ -101,15 +101,15 @@ def _senders(launch: list[str]) -> list[int] | None:
     return []
 
 
-def forks_of(pid: int, words: bytes, environment: bytes) -> list[int]:
+def forks_of(pid: int, words: list[str], descriptor: int) -> list[int]:
     """Processes forked from `pid` that have become nothing else since, also when it is gone: they show its command line
-    and its environment."""
+    and hold the same open file as our `descriptor`, which nobody else has."""
+    own = os.fstat(descriptor)
     found = []
     for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != pid:
+        if folder.name.isdigit() and int(folder.name) != pid and words_of(int(folder.name)) == words:
             with contextlib.suppress(OSError):
-                same = (folder / "cmdline").read_bytes() == words and (folder / "environ").read_bytes() == environment
-                if same and start_of(int(folder.name)) is not None:
+                if any(os.path.samestat(each.stat(), own) for each in (folder / "fd").iterdir() if each.exists()):
                     found.append(int(folder.name))
     return found
 

@@ -3,8 +3,8 @@
     python benchmarks/faults.py [--only NAME ...] [--keep DIR]       about fifteen minutes; needs root, sshd, pdsh, ip
 
 Two hosts with addresses, process ids and an sshd of their own, made of network namespaces on this machine, train the
-tiny model through `deepspeed --hostfile` (pdsh), with limits of 20 s for collectives and 25 s for a phase. Each fault is
-made once in a run of its own. Then the supervisor has three hosts, of which one is powered off.
+tiny model through `deepspeed --hostfile` (pdsh), with limits of 20 s for collectives and 25 s for a phase. Each fault
+is made once in a run of its own. Then the supervisor has three hosts, of which one is powered off.
 
     gone       seconds from the fault (of launches: from the command) until no process of the run is on any host
     says       the fault's own words were found in what the command printed or in failures/
@@ -103,9 +103,10 @@ def main() -> int:
             for name in args.only:
                 if name == SUPERVISED:
                     continue
-                own = work / name
-                make = brief_row if name == BRIEF else lambda *a, name=name: fault_row(*a, name)
-                rows.append(make(hosts, work / "shards", own))
+                if name == BRIEF:
+                    rows.append(brief_row(hosts, work / "shards", work / name))
+                else:
+                    rows.append(fault_row(hosts, work / "shards", work / name, name))
                 print(f"{rows[-1].title}: {'as it should be' if rows[-1].right else 'NOT AS IT SHOULD BE'}", flush=True)
         finally:
             hosts.close()

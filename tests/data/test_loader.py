@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import multiprocessing
 import shutil
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -33,12 +37,16 @@ from vidcls.model.tiny import tiny_config, tiny_tokenizer
 from vidcls.options import DEFAULT_PROMPT
 
 
-@pytest.fixture(scope="module")
-def encoder() -> PromptEncoder:
+def byte_encoder() -> PromptEncoder:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<ACTION>"]})
     config = tiny_config()
     return PromptEncoder(tokenizer, VisionGeometry.from_config(config), config.video_token_id, 512, 784, 3136)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return byte_encoder()
 
 
 @pytest.fixture
@@ -64,6 +72,34 @@ def test_batches_do_not_depend_on_the_worker_count(clips: ClipBatches, workers: 
     # And each dropped before the next, which uses the same memory over and over.
     for one, batch in zip(alone, read_batches(clips, requests, workers=workers, pin=False), strict=True):
         assert same(one, batch)
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_a_worker_goes_on_when_others_signal_it(clips: ClipBatches, name: str) -> None:
+    requests = list(training_requests(JointOrder.single(26, 1), StepLayout(6, 3, 1, 0), 0, 6))
+    batches = read_batches(clips, requests, workers=1, pin=False)
+    (worker,) = multiprocessing.active_children()
+    first = next(batches)
+    subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert len([first, *batches]) == 12
+
+
+def test_an_error_ends_a_rank_that_still_has_workers(small_shards: Path) -> None:
+    """As the interpreter ends they are terminated and waited for."""
+    script = f"""
+    from pathlib import Path
+    from tests.data import test_loader
+    from tests.support.shards import clip_batches
+    index = test_loader.ShardIndex.open(Path({str(small_shards)!r}))
+    clips = clip_batches(index, test_loader.byte_encoder(), 16)
+    batches = test_loader.read_batches(clips, [test_loader.Request((0,))] * 99, workers=2, pin=False)
+    print(next(batches).keys, flush=True)
+    raise ValueError("after a batch")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ValueError: after a batch\n")
+    assert done.stdout.startswith("('")
 
 
 def pixel_digest(frames: np.ndarray) -> str:

@@ -3,19 +3,15 @@
 deepspeed --num_gpus N tests/support/trainings.py RECIPE.yaml...
 """
 
-import sys
-
 from vidcls import distributed
 from vidcls.command import command_arguments
 from vidcls.config import load_config
+from vidcls.faults.guard import Limits, guarded
 from vidcls.training.loop import train
 from vidcls.training.setup import setup
 
 if __name__ == "__main__":
-    try:
+    with guarded(None, Limits()), distributed.leaving():
         for recipe in command_arguments():
             print(f"recipe {recipe}", flush=True)
             train(setup(load_config(recipe)))
-    finally:
-        distributed.stop()
-    sys.exit(0)

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -25,8 +26,8 @@ WORKER_SECONDS = 300
 PREFETCHED = 2  # batches under way per worker
 CLIPS_NAMED = 8  # of a batch
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-# Looked up here: dlopen in a forked process waits for ever where another thread of the rank held its lock at the fork.
-# Without it (not Linux) there is torch's own look at the parent, every 5 s.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Looked up here and not in a forked process. Without it (not Linux) there is torch's own look at the parent, every 5 s.
 PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
 
 
@@ -154,14 +155,22 @@ class _Sender(Dataset[_Parcel]):
 
 
 def _start_worker(number: int, rank: int) -> None:
-    """Workers end with their rank (its process), and by nothing else: cluster managers signal every process of a job,
-    and a rank that is asked to stop still needs its batches for the step under way."""
-    for name in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    """A worker ends with its rank, or when that says so, and by nobody else: cluster managers signal every process of a
+    job, and a rank that is asked to stop still needs its batches for the step under way."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_obey, args=(rank,), name="signals", daemon=True).start()
     if PRCTL is not None:
         PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != rank:  # it died before the kernel was asked
         os._exit(1)
+
+
+def _obey(rank: int) -> None:
+    """A thread: a rank that ends, also one with an error, terminates its workers and waits for them."""
+    while True:
+        about = signal.sigwaitinfo(STOP_SIGNALS)
+        if about.si_pid == rank and about.si_signo == signal.SIGTERM:
+            os._exit(0)  # anything else would be reported as an accident
 
 
 def _unchanged(parcel: _Parcel) -> _Parcel:

@@ -10,7 +10,7 @@ has the classes of the shards is evaluated.
 import argparse
 from pathlib import Path
 
-from vidcls.command import command_arguments, user_errors
+from vidcls.command import command_arguments, heavy_imports, user_errors
 from vidcls.faults.guard import Limits, guarded
 
 
@@ -33,8 +33,9 @@ def main() -> None:
 
     limits = Limits(step=arguments.timeout + 60)
     with guarded(arguments.out, limits):
-        from vidcls import distributed
-        from vidcls.evaluation.command import evaluate_checkpoint
+        with heavy_imports():
+            from vidcls import distributed
+            from vidcls.evaluation.command import evaluate_checkpoint
 
         with distributed.leaving(), user_errors():
             distributed.check_hostfile()

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from vidcls.command import user_errors
+from vidcls.command import heavy_imports, user_errors
 
 
 def main() -> None:
@@ -27,7 +27,8 @@ def main() -> None:
         if missing := [str(video) for video in arguments.videos if not video.is_file()]:
             raise ValueError(f"VIDEO: not a file: {', '.join(missing)}")
 
-        from vidcls.predict import Predictor
+        with heavy_imports():
+            from vidcls.predict import Predictor
 
         predictor = Predictor.load(
             arguments.checkpoint,

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vidcls.command import command_arguments, user_errors
+from vidcls.command import command_arguments, heavy_imports, user_errors
 from vidcls.config import check_output_dir, describe_options, load_config
 from vidcls.faults.exits import Exit
 from vidcls.faults.guard import Limits, guarded
@@ -29,9 +29,10 @@ def main() -> None:
         check_output_dir(config.run)
 
     with guarded(Path(config.run.output_dir), Limits.from_options(config.run)):
-        from vidcls import distributed
-        from vidcls.training.loop import train
-        from vidcls.training.setup import setup
+        with heavy_imports():
+            from vidcls import distributed
+            from vidcls.training.loop import train
+            from vidcls.training.setup import setup
 
         with distributed.leaving():
             with user_errors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 import sys
@@ -18,6 +19,21 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transf
 def command_arguments() -> list[str]:
     """sys.argv without what the deepspeed launcher adds for each rank."""
     return [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+
+
+@contextlib.contextmanager
+def heavy_imports() -> Iterator[None]:
+    """Import torch, transformers and DeepSpeed inside: of their millions of objects none is ever garbage.
+
+    Looking for some costs a second of every start, and again later whenever Python collects its oldest generation,
+    between the steps of a training.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextlib.contextmanager

@@ -3,12 +3,14 @@
 deepspeed --num_gpus N tests/support/trainings.py RECIPE.yaml...
 """
 
-from vidcls import distributed
-from vidcls.command import command_arguments
+from vidcls.command import command_arguments, heavy_imports
 from vidcls.config import load_config
 from vidcls.faults.guard import Limits, guarded
-from vidcls.training.loop import train
-from vidcls.training.setup import setup
+
+with heavy_imports():
+    from vidcls import distributed
+    from vidcls.training.loop import train
+    from vidcls.training.setup import setup
 
 if __name__ == "__main__":
     with guarded(None, Limits()), distributed.leaving():

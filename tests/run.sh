@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# The tests: `bash tests/run.sh` runs all, `bash tests/run.sh fast` those that start no launcher, for the inner loop.
+# The tests: `bash tests/run.sh`; `bash tests/run.sh fast` are those that start no launcher, for the inner loop;
+# `bash tests/run.sh all` has the long ones too, for what shorter tests show of a close relative.
 # More arguments go to pytest: `bash tests/run.sh fast -k order`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup_env.sh"
-select=()
-if [ "${1:-}" = fast ]; then
-  shift
-  select=(-m "not launch")
-else
+check=true
+case "${1:-}" in
+  fast) shift && select=(-m "not launch") check=false ;;
+  all) shift && select=() ;;
+  *) select=(-m "not long") ;;
+esac
+if [ "$check" = true ]; then
   ruff check .
   ruff format --check .
   mypy

@@ -104,7 +104,7 @@ def ucf_shards(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_real_clips_are_learned(ucf_shards: dict[str, Path], tmp_path: Path, stage: int) -> None:
     """Three seeds in one start of the launcher: starting costs as much as the training."""
     recipes = []

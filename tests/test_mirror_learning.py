@@ -18,7 +18,7 @@ from vidcls.evaluation.evaluate import Prediction
 from vidcls.model.pretrained import build_encoder, read_spec
 from vidcls.training.data_sets import open_data_sets
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.launch, pytest.mark.long, pytest.mark.timeout(900)]
 
 SIZE = 112
 FLIPPED = {"horizontal_flip": 0.5, "max_steps": 160, "save_steps": 160, "seed": 1}

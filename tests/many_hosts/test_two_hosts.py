@@ -61,7 +61,9 @@ def test_training_and_evaluation(two: Hosts, small_shards: Path, tmp_path: Path,
     assert [json.loads(line)["predicted"] for line in files[0]] == [json.loads(line)["predicted"] for line in files[1]]
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "cut_link" else ()) for name in FAULTS]
+)
 def test_a_fault_has_a_name_and_an_end(two: Hosts, small_shards: Path, tmp_path: Path, name: str) -> None:
     fault = FAULTS[name]
     with Run(two, small_shards, tmp_path, deepspeed_words(two)) as run:
@@ -74,7 +76,7 @@ def test_a_fault_has_a_name_and_an_end(two: Hosts, small_shards: Path, tmp_path:
     assert seen.code in fault.codes, seen.said[-3000:]
 
 
-@pytest.mark.parametrize("name", ["unreachable", "wrong_hostfile", "other_version"])
+@pytest.mark.parametrize("name", ["unreachable", "other_version"])
 def test_a_launch_that_cannot_work_is_told(two: Hosts, small_shards: Path, tmp_path: Path, name: str) -> None:
     fault = LAUNCH_FAULTS[name]
     with fault.around(two) as words, Run(two, small_shards, tmp_path, words) as run:

@@ -63,6 +63,7 @@ class Run:
         self.recipe = folder / "recipe.yaml"
         content = {**RECIPE, "dataset": str(shards), "output_dir": str(self.out), **options}
         self.recipe.write_text(yaml.safe_dump(content))
+        self._before = {process.pid for number in hosts.numbers() for process in hosts.processes(number)}
         self.started = time.monotonic()
         self.process = hosts.start(1, [*words, "launch/train.py", self.recipe], self.log, **SSH)
 
@@ -120,7 +121,7 @@ class Run:
             for process in self.hosts.processes(number):
                 with contextlib.suppress(psutil.Error):
                     words = " ".join(process.cmdline())
-                    if not words.startswith("sshd"):
+                    if process.pid not in self._before and not words.startswith("sshd"):
                         found.append(f"{self.hosts.name(number)}: {words}")
         return found
 

@@ -118,9 +118,9 @@ def test_steps_equal_a_plain_loop(
         moved = expected.tensors[f"weight/{name}"] - start
         difference = found[f"weight/{name}"] - expected.tensors[f"weight/{name}"]
         assert moved.norm() > 0, name
-        # Measured up to 1e-3, and 8e-3 for full k_proj.bias, whose gradients almost cancel: Adam's first steps are as
-        # large for what is mostly rounding.
-        assert difference.norm() < 2e-2 * moved.norm(), name
+        # Measured up to 1e-3, and 0.03 for k_proj.bias: softmax does not notice what is added to all keys, the little
+        # gradient is what rotation leaves of it, and Adam's first steps are as large for what is mostly rounding.
+        assert difference.norm() < (0.2 if name.endswith("k_proj.bias") else 2e-2) * moved.norm(), name
 
 
 @pytest.mark.parametrize(("method", "stage", "head"), CASES)

@@ -61,6 +61,17 @@ def test_training_and_evaluation(two: Hosts, small_shards: Path, tmp_path: Path,
     assert [json.loads(line)["predicted"] for line in files[0]] == [json.loads(line)["predicted"] for line in files[1]]
 
 
+def test_open_mpi(two: Hosts, small_shards: Path, tmp_path: Path, alone: Path) -> None:
+    """Its ranks find each other through mpi4py, and compute what the others compute."""
+    launcher = ["--launcher", "openmpi", "--launcher_args", "--bind-to none"]
+    environment = ["env", "OMPI_ALLOW_RUN_AS_ROOT=1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"]
+    with Run(two, small_shards, tmp_path, [*environment, *deepspeed_words(two), *launcher], max_steps=10) as run:
+        assert run.process.wait(120) == 0, run.said[-3000:]
+        assert not run.left()
+    rows = [json.loads(line) for line in (alone / "train_log.jsonl").read_text().splitlines()]
+    assert numbers(run.rows()) == numbers(rows)[:10]
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.long if name == "cut_link" else ()) for name in FAULTS]
 )

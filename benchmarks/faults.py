@@ -1,16 +1,19 @@
 """What happens on many hosts, one fault after another: what the user sees, and how long until all is gone.
 
-    python benchmarks/faults.py [--only NAME ...] [--keep DIR]       about fifteen minutes; needs root, sshd, pdsh, ip
+    python benchmarks/faults.py [--only NAME ...] [--keep DIR]       about 25 minutes; needs root, sshd, pdsh, ip
 
 Two hosts with addresses, process ids and an sshd of their own, made of network namespaces on this machine, train the
 tiny model through `deepspeed --hostfile` (pdsh), with limits of 20 s for collectives and 25 s for a phase. Each fault
-is made once in a run of its own. Then the supervisor has three hosts, of which one is powered off.
+is made in a run of its own, and those that a restart helps against once more under launch/supervise.py. Last, the
+supervisor has three hosts, of which one is powered off.
 
     gone       seconds from the fault (of launches: from the command) until no process of the run is on any host
     says       the fault's own words were found in what the command printed or in failures/
+    resumed    supervised: seconds from the fault (or the command) to the first new step, and the ranks that took it
 
-It fails when something is left after 60 s, when the words are missing, or when the exit code is another than the one
-that docs/reliability.md gives. Exit codes: 0 all is as it should be, 1 something is not, 2 wrong options.
+It fails when something is left after 60 s, when the words are missing, when the exit code is another than the one that
+docs/reliability.md gives, or when a supervised run did not go on. Exit codes: 0 all is as it should be, 1 something is
+not, 2 wrong options.
 """
 
 import argparse
@@ -18,23 +21,26 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from processes import ROOT, tool
 from rounds import RESULTS, conditions, table, write_json
 
 sys.path.insert(0, str(ROOT))  # the faults are those of tests/many_hosts
-from tests.support.host_faults import FAULTS, LAUNCH_FAULTS, cut_link_briefly, power_off
+from tests.support.host_faults import FAULTS, LAUNCH_FAULTS, cut_link_briefly
 from tests.support.hosts import Hosts, NoHostsError
-from tests.support.many_hosts import Run, deepspeed_words, see, see_resumed, supervise_words
+from tests.support.many_hosts import Resumed, Run, deepspeed_words, see, see_resumed, supervise_words
+from vidcls.faults.exits import Exit
 
-BRIEF, SUPERVISED = "cut_link_briefly", "supervised"
+BRIEF, THREE = "cut_link_briefly", "three_hosts"
+LEFT_OUT = ("unreachable", "ssh_refused", "host_key_changed")  # the supervisor launches on the other host
 
 
 @dataclass(frozen=True)
 class Row:
-    """code: of the command, as a shell has it. gone: seconds, None: more than 60. right: it is as documented."""
+    """code: of the command, as a shell has it. gone: seconds, None: more than 60. right: it is as documented. resumed:
+    "", where a restart does not help."""
 
     name: str
     title: str
@@ -42,6 +48,7 @@ class Row:
     gone: float | None
     words: str
     right: bool
+    resumed: str = ""
 
 
 def fault_row(hosts: Hosts, shards: Path, folder: Path, name: str) -> Row:
@@ -71,23 +78,25 @@ def brief_row(hosts: Hosts, shards: Path, folder: Path) -> Row:
     return Row(BRIEF, "link cut for 5 s", code, 0.0, "nothing: the run goes on", right)
 
 
-def supervised_row(shards: Path, folder: Path) -> Row:
-    hosts = Hosts(3)
-    try:
+def supervised(hosts: Hosts, shards: Path, folder: Path, name: str) -> Resumed:
+    if name in FAULTS:
         with Run(hosts, shards, folder, supervise_words(hosts)) as run:
             run.wait_for_save()
             since = time.monotonic()
-            power_off(run)
-            resumed = see_resumed(run, since)
-    finally:
-        hosts.close()
-    words = f"{resumed.ranks} ranks took the first new step after {resumed.seconds} s"
-    title = "one of three hosts powered off, supervised"
-    return Row(SUPERVISED, title, resumed.code, resumed.seconds, words, resumed.ranks == 2 and resumed.code == 75)
+            FAULTS[name].act(run)
+            return see_resumed(run, since)
+    with LAUNCH_FAULTS[name].around(hosts) as words, Run(hosts, shards, folder, supervise_words(hosts, *words)) as run:
+        return see_resumed(run, run.started, attempt=1)
+
+
+def with_resume(row: Row, resumed: Resumed) -> Row:
+    if resumed.seconds is None or resumed.code != Exit.STOPPED:
+        return replace(row, resumed=f"NO, code {resumed.code}", right=False)
+    return replace(row, resumed=f"{resumed.seconds:.1f} s, {resumed.ranks} rank{'s' * (resumed.ranks != 1)}")
 
 
 def main() -> int:
-    names = [*FAULTS, BRIEF, *LAUNCH_FAULTS, SUPERVISED]
+    names = [*FAULTS, BRIEF, *LAUNCH_FAULTS, THREE]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--keep", type=Path, help="folder for what the runs wrote (default: a temporary one)")
@@ -101,17 +110,27 @@ def main() -> int:
         hosts = Hosts(2)
         try:
             for name in args.only:
-                if name == SUPERVISED:
+                if name == THREE:
                     continue
                 if name == BRIEF:
-                    rows.append(brief_row(hosts, work / "shards", work / name))
+                    row = brief_row(hosts, work / "shards", work / name)
                 else:
-                    rows.append(fault_row(hosts, work / "shards", work / name, name))
+                    row = fault_row(hosts, work / "shards", work / name, name)
+                if name in (*FAULTS, *LEFT_OUT):
+                    folder = work / f"{name}-supervised"
+                    row = with_resume(row, supervised(hosts, work / "shards", folder, name))
+                rows.append(row)
                 print(f"{rows[-1].title}: {'as it should be' if rows[-1].right else 'NOT AS IT SHOULD BE'}", flush=True)
         finally:
             hosts.close()
-        if SUPERVISED in args.only:
-            rows.append(supervised_row(work / "shards", work / SUPERVISED))
+        if THREE in args.only:
+            hosts = Hosts(3)
+            try:
+                resumed = supervised(hosts, work / "shards", work / THREE, "power_off")
+            finally:
+                hosts.close()
+            row = Row(THREE, "one of three hosts powered off", resumed.code, None, "", resumed.ranks == 2)
+            rows.append(with_resume(row, resumed))
     except NoHostsError as error:
         print(f"error: no hosts can be made here: {error}", file=sys.stderr)
         return 1
@@ -124,11 +143,12 @@ def main() -> int:
             str(row.code),
             "-" if row.gone is None else f"{row.gone:.1f} s",
             row.words,
+            row.resumed,
             "yes" if row.right else "NO",
         ]
         for row in rows
     ]
-    table("Faults on many hosts", ["fault", "exit code", "gone", "says", "right"], lines)
+    table("Faults on many hosts", ["fault", "exit code", "gone", "says", "resumed", "right"], lines)
     write_json(RESULTS / "faults.json", {**conditions("torch", "deepspeed"), "faults": rows})
     return 0 if all(row.right for row in rows) else 1
 

@@ -196,8 +196,11 @@ def test_a_run_killed_after_its_last_save_is_done(small_shards: Path, tmp_path: 
     assert alone(small_shards, tmp_path, "max_steps=2").code == Exit.DONE
     before = rows(tmp_path / "run")
     (tmp_path / "run" / "outcome.json").unlink()
-    done = alone(small_shards, tmp_path, "max_steps=2", "resume_from_checkpoint=latest", "self_check=true")
+    (tmp_path / "run" / "training_loss.png").mkdir()  # a picture that cannot be written is no reason to fail
+    overrides = ("max_steps=2", "resume_from_checkpoint=latest", "self_check=true", "plot_loss=true")
+    done = alone(small_shards, tmp_path, *overrides)
     assert done.code == Exit.DONE, done.output[-3000:]
+    assert "no picture of the loss: IsADirectoryError" in done.output
     assert json.loads((tmp_path / "run" / "outcome.json").read_text())["outcome"] == "finished"
     assert rows(tmp_path / "run") == before
     assert (

@@ -271,6 +271,19 @@ def test_ranks_of_the_last_attempt_are_waited_for(supervised: Supervised) -> Non
     assert process.wait(LIMIT) == 0
 
 
+def test_a_signal_while_ranks_of_the_last_attempt_are_waited_for_ends_it(supervised: Supervised) -> None:
+    supervised.output.mkdir()
+    with (supervised.output / "run.lock").open("w") as lock:
+        lock.write("rank 0 of a host that was cut off")
+        lock.flush()
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        process = supervised.start([{"exit": 71}, DONE])
+        supervised.wait_for(lambda: "rank 0 of a host that was cut off" in supervised.said)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 75
+    assert len(supervised.launches) == 1
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-USER_ERROR_EXIT = 2
+from vidcls.faults.exits import Exit
 
 # torch, peft and transformers tell each other of names they will drop: on every rank, and no user can act on it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\b")
@@ -51,7 +51,7 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
             host = f"{socket.gethostname()}: " if os.environ.get("CROSS_SIZE", "1") != "1" else ""
             print(f"{host}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_EXIT)
+        sys.exit(Exit.USER_ERROR)
 
 
 def _is_users(error: Exception) -> bool:

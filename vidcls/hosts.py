@@ -183,15 +183,13 @@ def ssh_fault(host: str, answer: Answer) -> Fault | None:
     return Fault("failed", f"try `ssh {host} true`; it said: {said[-1]}")
 
 
-def probe(host: str, seconds: float) -> str | None:
+def probe(host: str, seconds: float, port: int | None = None) -> str | None:
     """Name and fix of the fault when `host` cannot be reached by ssh within `seconds`; None when it can."""
     try:
-        answer = run_for([*ssh_words(host), "true"], seconds)
+        answer = run_for([*ssh_words(host, port), "true"], seconds)
     except FileNotFoundError:
-        return "ssh: no ssh command: install openssh-client on this host"
+        return "no ssh command: install openssh-client on this host"
     fault = ssh_fault(host, answer)
     if fault is not None:
-        return f"ssh: {fault}"
-    if answer.code != 0:
-        return f"ssh: login shell fails: `ssh {host} true` exits with {answer.code}; look at the shell's start files"
-    return None
+        return str(fault)
+    return None if answer.code == 0 else f"`ssh {host} true` exits with {answer.code}: its shell's start files fail"

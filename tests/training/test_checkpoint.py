@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -169,6 +170,25 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_keeps_what_it_saves(tmp_pat
     remove_old(tmp_path, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
     assert find_latest(tmp_path) == (newest, [])
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_deleted_after_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As over NFS, while somebody reads it: no reason to end a run that has just saved."""
+    for step in (4, 8):
+        write_checkpoint(tmp_path, step)
+
+    def refuse(folder: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        remove_old(tmp_path, keep=1)
+    assert "checkpoint-4 cannot be deleted now" in capsys.readouterr().out
+    newest = write_checkpoint(tmp_path, 12)
+    remove_old(tmp_path, keep=1)
+    assert list(tmp_path.iterdir()) == [newest]
 
 
 def test_the_newest_are_kept_by_step_not_by_name(tmp_path: Path) -> None:

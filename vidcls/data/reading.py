@@ -24,6 +24,9 @@ from vidcls.data.slots import FrameSlots
 
 WORKER_SECONDS = 300
 PREFETCHED = 2  # batches under way per worker
+SETTLE_SECONDS = 0.2
+"""Before a fork. A thread of gloo that drops a tensor enters Python for it, after the collective has returned; a child
+that is forked in that moment inherits a locked list of threads, and CPython 3.11 waits for it in os.fork, for ever."""
 CLIPS_NAMED = 8  # of a batch
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -108,7 +111,14 @@ def _read_by_workers(clips: ClipBatches, requests: Iterator[Request], workers: i
         worker_init_fn=partial(_start_worker, rank=os.getpid()),
         multiprocessing_context="fork",  # the slots are inherited
     )
-    return (parcel.unpack(slots) for parcel in loader)
+    time.sleep(SETTLE_SECONDS)
+    # Blocked before the fork, and so in every thread that a worker ever has: torch makes some at its start.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        parcels = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return (parcel.unpack(slots) for parcel in parcels)
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,6 @@ class _Sender(Dataset[_Parcel]):
 def _start_worker(number: int, rank: int) -> None:
     """A worker ends with its rank, or when that says so, and by nobody else: cluster managers signal every process of a
     job, and a rank that is asked to stop still needs its batches for the step under way."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_obey, args=(rank,), name="signals", daemon=True).start()
     if PRCTL is not None:
         PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -14,7 +14,7 @@ from vidcls import distributed
 from vidcls.data.batch import Batch
 from vidcls.data.labels import LabelSpace
 from vidcls.data.loader import ClipBatches, evaluation_requests
-from vidcls.data.reading import read_batches
+from vidcls.data.reading import WORKER_SECONDS, read_batches
 from vidcls.evaluation.metrics import Metrics, compute_metrics
 from vidcls.faults import guard
 
@@ -83,6 +83,7 @@ def evaluate(
     ids: np.ndarray | None = None,
     micro: int,
     workers: int,
+    seconds: int = WORKER_SECONDS,
     done: Callable[[int], None] | None = None,
 ) -> tuple[Metrics, list[Prediction]]:
     """Metrics and predictions over all clips, in the order of the shards. All ranks must call it; all get the same.
@@ -92,6 +93,7 @@ def evaluate(
     Args:
         clips: of one data set, whose labels are those of its head.
         ids: the samples to take, rising, if not all.
+        seconds: limit of a wait for the loader workers.
 
     Raises:
         RuntimeError: the clips seen are not exactly those asked for.
@@ -99,7 +101,8 @@ def evaluate(
     (source,) = clips.sources
     index = source.index
     requests = evaluation_requests(index, micro, distributed.world_size(), distributed.rank(), ids)
-    batches = read_batches(clips, requests, workers=workers, pin=distributed.device().type != "cpu")
+    on_gpu = distributed.device().type != "cpu"
+    batches = read_batches(clips, requests, workers=workers, pin=on_gpu, seconds=seconds)
     with distributed.all_or_none("evaluating"):
         mine = predict_batches(model, batches, len(index.labels), done)
     gathered = distributed.gather_objects(mine)

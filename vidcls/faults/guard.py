@@ -141,7 +141,8 @@ class Guard:
         """Say why, write the report, and end the process."""
         self._failing = True
         code = exit_of(error)
-        traceback.print_exception(error)
+        with contextlib.suppress(OSError, ValueError):  # whoever read it, ssh perhaps, is gone
+            traceback.print_exception(error)
         message = f"{type(error).__name__}: {error}".partition(GLOO_ADVICE)[0].strip()
         if code == Exit.PEER_LOST:
             message = self._linger(message)
@@ -168,7 +169,8 @@ class Guard:
     def _stacks_of_forks(self) -> str:
         """What the loader workers do, by the fault handler that they were forked with."""
         for pid in forks_of(os.getpid(), words_of(os.getpid()), self._board.descriptor):
-            os.kill(pid, DUMP_SIGNAL)
+            with contextlib.suppress(ProcessLookupError):  # several may be dying
+                os.kill(pid, DUMP_SIGNAL)
         time.sleep(DUMP_SECONDS)
         dumped = os.pread(self._stacks.fileno(), MAX_STACKS, 0).decode(errors="replace")
         return f"\nloader workers:\n{dumped}" if dumped else ""

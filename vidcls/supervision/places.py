@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vidcls.hosts import CONNECT_SECONDS, read_hostfile, run_for, ssh_fault, ssh_words
+from vidcls.hosts import CONNECT_SECONDS, probe, read_hostfile
 
 PROBE_SECONDS = 3.0 * CONNECT_SECONDS
 ANSWERS_TO_REJOIN = 2  # in a row: a host that restarts over and over answers now and then
@@ -53,21 +53,7 @@ def probe_all(hosts: Sequence[str], ssh_port: int | None = None) -> dict[str, st
     if not hosts:
         return {}
     with ThreadPoolExecutor(min(len(hosts), 64)) as pool:
-        return dict(zip(hosts, pool.map(lambda host: _probe(host, ssh_port), hosts), strict=True))
-
-
-def _probe(host: str, ssh_port: int | None) -> str | None:
-    words = ssh_words(host)
-    if ssh_port is not None:
-        words[1:1] = ["-p", str(ssh_port)]
-    try:
-        answer = run_for([*words, "true"], PROBE_SECONDS)
-    except FileNotFoundError:
-        return "no ssh command: install openssh-client on this host"
-    fault = ssh_fault(host, answer)
-    if fault is not None:
-        return str(fault)
-    return None if answer.code == 0 else f"`ssh {host} true` exits with {answer.code}: its shell's start files fail"
+        return dict(zip(hosts, pool.map(lambda host: probe(host, PROBE_SECONDS, ssh_port), hosts), strict=True))
 
 
 def write_hostfile(path: Path, hosts: Mapping[str, int]) -> Path:

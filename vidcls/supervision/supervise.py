@@ -141,7 +141,7 @@ class Supervisor:
             cause=f"{len(hosts)} hosts answer; --min-hosts {self.options.min_hosts}",
         )
         if self.requests.stop:
-            return replace(attempt, verdict="stopped", code=Exit.STOPPED, cause="asked by a signal before the launch")
+            return _not_launched(attempt)
         if self.places and len(hosts) < self.options.min_hosts:
             return replace(attempt, ended=time.time())
         try:
@@ -167,6 +167,8 @@ class Supervisor:
         hostfile = write_hostfile(scratch / f"hosts-{attempt.number}", hosts)
         words = self.command.words(launcher_options(self.command, self.places, hosts, hostfile, port), keys)
         self._wait_for_lock()
+        if self.requests.stop:
+            return _not_launched(attempt)
         reports, begun = self.folder.reports(), self.folder.begun()
         self.folder.forget_outcome()
         self.folder.take_back_stop()
@@ -234,6 +236,10 @@ class Supervisor:
             write()
         except OSError as error:
             say(f"the record cannot be written: {error}")
+
+
+def _not_launched(attempt: Attempt) -> Attempt:
+    return replace(attempt, verdict="stopped", code=Exit.STOPPED, cause="asked by a signal before the launch")
 
 
 def is_locked(path: Path) -> bool:

@@ -148,6 +148,7 @@ class Evaluations:
         self.best: Evaluation | None = None
         self._micro = config.eval.per_device_eval_batch_size
         self._workers = config.data.dataloader_num_workers
+        self._seconds = config.run.data_timeout
         self._folder = Path(config.run.output_dir)
 
     @property
@@ -189,7 +190,14 @@ class Evaluations:
         """
         with average.applied() if average else contextlib.nullcontext(), _evaluating(model):
             found = {
-                name: evaluate(model, clips, ids=self.ids[name], micro=self._micro, workers=self._workers)[0]
+                name: evaluate(
+                    model,
+                    clips,
+                    ids=self.ids[name],
+                    micro=self._micro,
+                    workers=self._workers,
+                    seconds=self._seconds,
+                )[0]
                 for name, clips in self.batches.items()
             }
         # From the main rank: hosts of different kinds may differ in a last bit, and then over which is the best.

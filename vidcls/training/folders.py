@@ -113,13 +113,22 @@ def remove_old(output_dir: Path, keep: int | None, best: Path | None = None) -> 
     """
     _remove_leftovers(output_dir)
     for superseded in output_dir.glob("checkpoint-*.superseded"):
-        shutil.rmtree(superseded)
+        _remove(superseded)
     if keep is not None:
         for folder in list_checkpoints(output_dir)[:-keep]:
             if folder != best:
-                shutil.rmtree(folder)
+                _remove(folder)
 
 
 def _remove_leftovers(output_dir: Path) -> None:
     for leftover in output_dir.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
+
+
+def _remove(folder: Path) -> None:
+    """What cannot be deleted now, perhaps because somebody reads it over NFS, is no reason to end a run: the next save
+    tries again."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"vidcls: {folder} cannot be deleted now: {error}", flush=True)

@@ -65,11 +65,9 @@ def open_order_log(run: Run) -> OrderLog | None:
 
 
 def finish_output(run: Run, outcome: Outcome) -> None:
-    """Say that training ended well, for whoever started it: outcome.json, and the picture. All ranks must call it."""
+    """Say that training ended well, for whoever started it: outcome.json, then the picture. All ranks must call it."""
     with distributed.all_or_none(f"writing {run.output_dir / OUTCOME_NAME}"):
         if distributed.is_main():
-            if run.config.run.plot_loss:
-                plot_loss(run.output_dir)
             word = "finished" if outcome.finished else "stopped"
             content = {"outcome": word, "step": outcome.step, "steps": outcome.steps}
             content |= {"launch": guard.launch(), "time": time.time()}
@@ -78,6 +76,11 @@ def finish_output(run: Run, outcome: Outcome) -> None:
             temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
             temporary.replace(path)
             (run.output_dir / guard.STOP_NAME).unlink(missing_ok=True)
+    if distributed.is_main() and run.config.run.plot_loss:
+        try:
+            plot_loss(run.output_dir)
+        except Exception as error:  # the run is done, with or without its picture
+            print(f"vidcls: no picture of the loss: {type(error).__name__}: {error}", flush=True)
 
 
 def _open_log(run: Run) -> RunLog:

@@ -1,6 +1,6 @@
 """What happens on many hosts, one fault after another: what the user sees, and how long until all is gone.
 
-    python benchmarks/faults.py [--only NAME ...] [--keep DIR]       about 25 minutes; needs root, sshd, pdsh, ip
+    python benchmarks/faults.py [--only NAME ...] [--keep DIR]       about 13 minutes; needs root, sshd, pdsh, ip
 
 Two hosts with addresses, process ids and an sshd of their own, made of network namespaces on this machine, train the
 tiny model through `deepspeed --hostfile` (pdsh), with limits of 20 s for collectives and 25 s for a phase. Each fault

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -209,6 +210,18 @@ def test_a_run_killed_after_its_last_save_is_done(small_shards: Path, tmp_path: 
         ).code
         == Exit.USER_ERROR
     )
+
+
+def test_an_output_folder_in_use(small_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "run.lock").open("w") as lock:
+        lock.write("another host")
+        lock.flush()
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        done = alone(small_shards, tmp_path, "max_steps=2", "overwrite_output_dir=true")
+    assert done.code == Exit.USER_ERROR, done.output[-3000:]
+    assert "is in use by another run (another host)" in done.output
+    assert not [*(tmp_path / "run").glob("checkpoint-*")]
 
 
 def test_an_address_that_nobody_knows(small_shards: Path, tmp_path: Path) -> None:

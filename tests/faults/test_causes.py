@@ -13,7 +13,8 @@ from vidcls.data.index import ShardError
 from vidcls.data.reading import LoaderError
 from vidcls.faults.causes import DivergedError, RankFailedError, RendezvousError, exit_of
 from vidcls.faults.exits import MEANINGS, Exit
-from vidcls.manifest import StorageError
+from vidcls.faults.lock import InUseError
+from vidcls.manifest import CheckpointError, StorageError
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,8 @@ from vidcls.manifest import StorageError
         (ShardError("shard-000000.tar: a: damaged"), Exit.DATA),
         (LoaderError("a loader worker failed"), Exit.DATA),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), Exit.DATA),
+        (InUseError("output_dir is in use"), Exit.USER_ERROR),
+        (CheckpointError("of another model"), Exit.USER_ERROR),
         (RuntimeError("shape mismatch"), Exit.FAILED),
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)), Exit.FAILED),
     ],

@@ -24,6 +24,8 @@ COMMUNICATION_TEXTS = (
     "/gloo/",
 )
 MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+# Those that are met after the start; before it the commands answer every ValueError as a user's mistake.
+USER_CLASSES = {"CheckpointError", "InUseError"}
 DATA_CLASSES = {"ShardError", "FrameError", "PlaceError", "LoaderError"}
 
 
@@ -58,6 +60,8 @@ def exit_of(error: BaseException) -> Exit:
     # torch notices a dead loader worker by a signal: whatever the rank does then is interrupted by this.
     if names & DATA_CLASSES or text.startswith("DataLoader worker"):
         return Exit.DATA
+    if names & USER_CLASSES:
+        return Exit.USER_ERROR
     if isinstance(error, ConnectionError) or names & COMMUNICATION_CLASSES:
         return Exit.PEER_LOST
     if isinstance(error, RuntimeError) and any(part in text for part in COMMUNICATION_TEXTS):

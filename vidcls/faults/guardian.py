@@ -108,6 +108,8 @@ class Guardian:
             self._make_leave(Exit.STUCK)
             return
         about = f"phase {status.phase} took longer than {status.limit:g} s"
+        if status.stopping:
+            about += ", or the stop that was asked for longer than stop_timeout"
         if state in ("T", "t"):
             about += "; the process is stopped (SIGSTOP, or a debugger)"
         elif state == "D":

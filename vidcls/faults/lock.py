@@ -17,6 +17,10 @@ WAIT_SECONDS = 10.0  # for a run that was killed a moment ago
 _held: dict[Path, IO[str]] = {}
 
 
+class InUseError(ValueError):
+    """Another run writes into the folder."""
+
+
 def lock_output(folder: Path) -> None:
     """Hold `folder` for this process until it ends; nothing happens when it holds it already. One rank calls it.
 
@@ -24,7 +28,7 @@ def lock_output(folder: Path) -> None:
     back from the dead.
 
     Raises:
-        ValueError: another run holds it; names host and process.
+        InUseError: another run holds it; names host and process.
     """
     path = (folder / LOCK_NAME).absolute()
     if path in _held:
@@ -48,7 +52,7 @@ def lock_output(folder: Path) -> None:
                 file.seek(0)
                 owner = file.read().strip() or "another process"
                 file.close()
-                raise ValueError(
+                raise InUseError(
                     f"output_dir: {str(folder)!r} is in use by another run ({owner}); wait for it, stop it, or give "
                     "another folder"
                 ) from None

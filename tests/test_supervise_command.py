@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -258,7 +259,9 @@ def test_one_supervisor_at_a_time(supervised: Supervised) -> None:
     assert supervised.launches == []
 
 
-def test_ranks_of_the_last_attempt_are_waited_for(supervised: Supervised) -> None:
+@contextlib.contextmanager
+def held_by_a_lost_rank(supervised: Supervised) -> Iterator[subprocess.Popen]:
+    """A supervisor whose first launch has failed, while a rank that is cut off still holds the output folder."""
     supervised.output.mkdir()
     with (supervised.output / "run.lock").open("w") as lock:
         lock.write("rank 0 of a host that was cut off")
@@ -266,19 +269,18 @@ def test_ranks_of_the_last_attempt_are_waited_for(supervised: Supervised) -> Non
         fcntl.lockf(lock, fcntl.LOCK_EX)
         process = supervised.start([{"exit": 71}, DONE])
         supervised.wait_for(lambda: "rank 0 of a host that was cut off" in supervised.said)
+        yield process
+
+
+def test_ranks_of_the_last_attempt_are_waited_for(supervised: Supervised) -> None:
+    with held_by_a_lost_rank(supervised) as process:
         time.sleep(2)
         assert len(supervised.launches) == 1
     assert process.wait(LIMIT) == 0
 
 
 def test_a_signal_while_ranks_of_the_last_attempt_are_waited_for_ends_it(supervised: Supervised) -> None:
-    supervised.output.mkdir()
-    with (supervised.output / "run.lock").open("w") as lock:
-        lock.write("rank 0 of a host that was cut off")
-        lock.flush()
-        fcntl.lockf(lock, fcntl.LOCK_EX)
-        process = supervised.start([{"exit": 71}, DONE])
-        supervised.wait_for(lambda: "rank 0 of a host that was cut off" in supervised.said)
+    with held_by_a_lost_rank(supervised) as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 75
     assert len(supervised.launches) == 1

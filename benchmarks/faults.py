@@ -39,8 +39,8 @@ LEFT_OUT = ("unreachable", "ssh_refused", "host_key_changed")  # the supervisor 
 
 @dataclass(frozen=True)
 class Row:
-    """code: of the command, as a shell has it. gone: seconds, None: more than 60. right: it is as documented. resumed:
-    "", where a restart does not help."""
+    """code: of the command, as a shell has it. gone: seconds, None: more than 60, or the run went on. right: it is as
+    documented. resumed: "", where a restart does not help."""
 
     name: str
     title: str
@@ -75,7 +75,7 @@ def brief_row(hosts: Hosts, shards: Path, folder: Path) -> Row:
         cut_link_briefly(run)
         code = run.process.wait(120)
         right = code == 0 and len(run.rows()) == 60 and not run.reports()
-    return Row(BRIEF, "link cut for 5 s", code, 0.0, "nothing: the run goes on", right)
+    return Row(BRIEF, "link cut for 5 s", code, None, "nothing: the run goes on", right)
 
 
 def supervised(hosts: Hosts, shards: Path, folder: Path, name: str) -> Resumed:
@@ -120,7 +120,7 @@ def main() -> int:
                     folder = work / f"{name}-supervised"
                     row = with_resume(row, supervised(hosts, work / "shards", folder, name))
                 rows.append(row)
-                print(f"{rows[-1].title}: {'as it should be' if rows[-1].right else 'NOT AS IT SHOULD BE'}", flush=True)
+                print(f"{row.title}: {'as it should be' if row.right else 'NOT AS IT SHOULD BE'}", flush=True)
         finally:
             hosts.close()
         if THREE in args.only:

@@ -25,8 +25,8 @@ from vidcls.data.slots import FrameSlots
 WORKER_SECONDS = 300
 PREFETCHED = 2  # batches under way per worker
 SETTLE_SECONDS = 0.2
-"""Before a fork. A thread of gloo that drops a tensor enters Python for it, after the collective has returned; a child
-that is forked in that moment inherits a locked list of threads, and CPython 3.11 waits for it in os.fork, for ever."""
+"""Before a fork. After a collective has returned a thread of gloo may still enter Python to drop a tensor; a child that
+is forked in that moment inherits a locked list of threads, and CPython 3.11 waits for it in os.fork, for ever."""
 CLIPS_NAMED = 8  # of a batch
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

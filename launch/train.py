@@ -22,13 +22,14 @@ def main() -> None:
     )
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the recipe's")
+    parser.add_argument("--launch-name", default="", help=argparse.SUPPRESS)  # by launch/supervise.py
     arguments = parser.parse_args(command_arguments())
 
     with user_errors():  # before the heavy imports below: a typing mistake is answered at once
         config = load_config(arguments.recipe, arguments.overrides)
         check_output_dir(config.run)
 
-    with guarded(Path(config.run.output_dir), Limits.from_options(config.run)):
+    with guarded(Path(config.run.output_dir), Limits.from_options(config.run), arguments.launch_name):
         with heavy_imports():
             from vidcls import distributed
             from vidcls.training.loop import train

@@ -196,7 +196,7 @@ def test_every_key_is_tested_somewhere() -> None:
 @pytest.fixture
 def prepare(small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
     """setup() of a recipe that differs by `changes` (None takes a key away), as the only process of a run."""
-    monkeypatch.setattr("vidcls.distributed.start", lambda timeout_seconds: None)
+    monkeypatch.setattr("vidcls.distributed.start", lambda *limits: None)
     monkeypatch.setattr("vidcls.distributed.world_size", lambda: 1)
     monkeypatch.setattr("vidcls.distributed.rank", lambda: 0)
     values = {

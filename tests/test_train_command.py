@@ -170,7 +170,7 @@ def test_mistakes_in_one_process(
     from vidcls.config import load_config
     from vidcls.training.setup import setup
 
-    monkeypatch.setattr(distributed, "start", lambda timeout_seconds: None)
+    monkeypatch.setattr(distributed, "start", lambda *limits: None)
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     monkeypatch.chdir(launch.ROOT)

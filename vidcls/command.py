@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 
 from vidcls.faults.exits import Exit
+from vidcls.faults.processes import hosts_of_launch
 
 # torch, peft and transformers tell each other of names they will drop: on every rank, and no user can act on it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\b")
@@ -49,7 +50,7 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("VIDCLS_TRACEBACK") or not _is_users(error):
             raise
         if os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")) == "0":
-            host = f"{socket.gethostname()}: " if os.environ.get("CROSS_SIZE", "1") != "1" else ""
+            host = "" if hosts_of_launch() in (None, 1) else f"{socket.gethostname()}: "
             print(f"{host}error: {error}", file=sys.stderr, flush=True)
         sys.exit(Exit.USER_ERROR)
 

@@ -24,7 +24,7 @@ import torch
 
 from vidcls.faults import guard
 from vidcls.faults.causes import RankFailedError, RendezvousError
-from vidcls.faults.processes import folder_of, launchers, words_of
+from vidcls.faults.processes import folder_of, hosts_of_launch, launchers, words_of
 from vidcls.manifest import StorageError
 from vidcls.ops import load_op
 
@@ -34,6 +34,7 @@ SHM_AGE = 60  # seconds; a younger one may belong to a rank that is about to map
 VERSIONED = ("torch", "deepspeed", "transformers", "peft", "safetensors", "numpy", "vidcls")
 # Kinds of failure that stay what they are on every rank, because the command answers each in its own way.
 CARRIED = (StorageError, ValueError)
+_file_group: torch.distributed.ProcessGroup | None = None  # with the longer limit of `all_or_none`
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
@@ -62,18 +63,45 @@ def check_hostfile() -> None:
                 )
 
 
-def start(timeout_seconds: int) -> None:
+@contextlib.contextmanager
+def joining(timeout_seconds: int, file_timeout_seconds: int) -> Iterator[None]:
+    """Join the process group after a block of checks. What a check raises on some hosts only is raised on all ranks.
+
+    On one host all ranks find the same mistake, and it is raised at once.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if not _on_several_hosts():
+            raise
+        failure = error
+    try:
+        start(timeout_seconds, file_timeout_seconds)
+    except RendezvousError:
+        if failure is not None:
+            raise failure from None
+        raise
+    with all_or_none("checking recipe, data and model"):
+        if failure is not None:
+            raise failure
+
+
+def start(timeout_seconds: int, file_timeout_seconds: int | None = None) -> None:
     """Join the process group; nothing happens when this process is in it already. All ranks must call it.
 
     Args:
         timeout_seconds: limit of every collective of the run, ZeRO's own groups included.
+        file_timeout_seconds: limit of `all_or_none`, where ranks wait for what others read or write; by default the
+            same.
     """
+    global _file_group
     if torch.distributed.is_initialized():
         return
     import deepspeed
     import torch.distributed.distributed_c10d as c10d
 
-    if "RANK" not in os.environ and not any(name in os.environ for name in MPI_VARIABLES):
+    if not _is_launched():
         _become_single_process()
     timeout = datetime.timedelta(seconds=timeout_seconds)
     # DeepSpeed passes its timeout to the default group only; the groups ZeRO makes later take torch's default.
@@ -94,6 +122,9 @@ def start(timeout_seconds: int) -> None:
     # a rank is killed. Once every rank has mapped them (the barrier) the names are not needed any more.
     barrier()
     (SHM_FOLDER / _shm_name(rank())).unlink(missing_ok=True)
+    file_timeout = datetime.timedelta(seconds=max(timeout_seconds, file_timeout_seconds or 0))
+    # Of the default group's backend: gloo beside NCCL would ask more of the hosts' names and networks.
+    _file_group = torch.distributed.new_group(timeout=file_timeout) if world_size() > 1 else None
     guard.joined(rank(), world_size(), gather_objects(uuid.uuid4().hex[:12])[0])
     _check_equal_versions()
     guard.phase("start")
@@ -101,10 +132,12 @@ def start(timeout_seconds: int) -> None:
 
 def stop() -> None:
     """Leave the process group; safe to call twice. All ranks should call it."""
+    global _file_group
     if torch.distributed.is_initialized():
         # Engines are cycles that hold process groups; collected only while the interpreter shuts down, one can take
         # the process with it ("terminate called without an active exception", exit code -6, after all work is done).
         gc.collect()
+        _file_group = None
         torch.distributed.destroy_process_group()
 
 
@@ -165,12 +198,12 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather_objects(value: object) -> list:
+def gather_objects(value: object, group: torch.distributed.ProcessGroup | None = None) -> list:
     """Every rank's value, in rank order, on every rank. Only between trusted ranks of one run."""
     if world_size() == 1:
         return [value]
     gathered: list = [None] * world_size()
-    torch.distributed.all_gather_object(gathered, value)
+    torch.distributed.all_gather_object(gathered, value, group=group)
     return gathered
 
 
@@ -186,13 +219,22 @@ def all_or_none(what: str) -> Iterator[None]:
     except Exception as error:
         failure = error
     kind = next((cls for cls in CARRIED if isinstance(failure, cls)), RankFailedError)
-    outcomes = gather_objects(None if failure is None else (kind, str(failure)))
+    outcomes = gather_objects(None if failure is None else (kind, str(failure)), _file_group)
     if failure is not None:
         raise failure
     for index, outcome in enumerate(outcomes):
         if outcome is not None:
             kind, reason = outcome
             raise kind(f"{what} failed on rank {index}: {reason}")
+
+
+def _on_several_hosts() -> bool:
+    """Before the process group exists. Where another launcher than DeepSpeed's started this rank, there may be."""
+    return _is_launched() and hosts_of_launch() != 1
+
+
+def _is_launched() -> bool:
+    return any(name in os.environ for name in ("RANK", *MPI_VARIABLES))
 
 
 def _rendezvous(timeout: datetime.timedelta) -> None:

@@ -87,6 +87,18 @@ def test_a_fault_has_a_name_and_an_end(two: Hosts, small_shards: Path, tmp_path:
     assert seen.code in fault.codes, seen.said[-3000:]
 
 
+def test_shards_that_one_host_lacks(two: Hosts, small_shards: Path, tmp_path: Path) -> None:
+    """The other host is told why, instead of waiting for it until ddp_timeout."""
+    there = Path("/run/shards")  # /run is each host's own
+    assert two.start(1, ["cp", "-r", small_shards, there], tmp_path / "copied").wait(30) == 0
+    with Run(two, there, tmp_path, deepspeed_words(two), ddp_timeout=600) as run:
+        seen = see(run, run.started)
+    assert seen.seconds is not None, f"still there after {GONE_SECONDS} s: {seen.left}\n{seen.said[-3000:]}"
+    assert seen.code == Exit.USER_ERROR, seen.said[-3000:]
+    assert f"{two.name(2)}: error: {there}/index.json: cannot be read" in seen.said
+    assert f"{two.name(1)}: error: checking recipe, data and model failed on rank 1: {there}" in seen.said
+
+
 @pytest.mark.parametrize("name", ["unreachable", "other_version"])
 def test_a_launch_that_cannot_work_is_told(two: Hosts, small_shards: Path, tmp_path: Path, name: str) -> None:
     fault = LAUNCH_FAULTS[name]

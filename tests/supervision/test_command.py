@@ -67,13 +67,14 @@ def test_every_option_of_deepspeed_is_known() -> None:
 )
 def test_rewriting(given: list[str], options: dict, overrides: dict, expected: list[str]) -> None:
     command = parse_command([DEEPSPEED, *(given or [TRAIN, "r.yaml"])])
-    words = command.words(options, overrides)
+    words = command.words(options, overrides, "abc")
+    assert words.pop() == "--launch-name=abc"
     assert words[0] == DEEPSPEED
     end = words.index(TRAIN)
     assert sorted(words[1:end]) == sorted(expected[: expected.index(TRAIN)])
     assert words[end:] == expected[expected.index(TRAIN) :]
     again = parse_command(words)
-    assert sorted(again.words({}, {})) == sorted(words)
+    assert sorted(again.words({}, {}, "abc")) == sorted([*words, "--launch-name=abc"])
 
 
 @pytest.mark.parametrize(

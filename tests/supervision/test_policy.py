@@ -19,6 +19,7 @@ def attempt(verdict: str, *, step: int | None = None, saved: int = 0, hosts: dic
         number=1,
         started=0,
         ended=1,
+        launch="abc",
         hosts=hosts,
         dropped={},
         ranks=2,

@@ -4,7 +4,7 @@
     steps          rows of the log to write, from where the run goes on (0)
     saves          how many of them have a checkpoint (all)
     seconds        between the steps (0)
-    report         a failure report: {"kind": ..., "step": ..., ...}
+    report         a failure report: {"kind": ..., "step": ..., ...}; with "launch": of another launch
     outcome        "finished", or nothing
     begins         false: the output folder is never opened (true)
     stops          false: a STOP file is not obeyed (true)
@@ -52,7 +52,9 @@ def main(folder: str) -> None:
     acts = json.loads(Path(folder, "acts.json").read_text(encoding="utf-8"))
     number = len(launches(Path(folder)))
     act = acts[min(number, len(acts) - 1)]
-    command = parse_command(sys.argv)
+    words = [word for word in sys.argv if not word.startswith("--launch-name=")]
+    name = next(word.partition("=")[2] for word in sys.argv if word.startswith("--launch-name="))
+    command = parse_command(words)
     config = load_config(command.recipe, list(command.overrides))
     hostfile = command.options.get("hostfile")
     told = {
@@ -71,10 +73,10 @@ def main(folder: str) -> None:
     with Path(folder, "launches.jsonl").open("a") as file:
         file.write(json.dumps(told) + "\n")
     print(f"launch {number} begins", flush=True)
-    sys.exit(_act(act, Path(config.run.output_dir), config.run.resume_from_checkpoint, number))
+    sys.exit(_act(act, Path(config.run.output_dir), config.run.resume_from_checkpoint, number, name))
 
 
-def _act(act: dict[str, Any], output: Path, resume: str | None, number: int) -> int:
+def _act(act: dict[str, Any], output: Path, resume: str | None, number: int, launch: str) -> int:
     step = 0
     if act.get("begins", True):
         output.mkdir(parents=True, exist_ok=True)
@@ -95,11 +97,7 @@ def _act(act: dict[str, Any], output: Path, resume: str | None, number: int) -> 
             _save(output, step)
             return _end(output, "stopped", step, 75)
     if "report" in act:
-        failures = output / "failures"
-        failures.mkdir(parents=True, exist_ok=True)
-        report = {"rank": 1, "host": "node2", "phase": "step", "message": "told to", "time": time.time(), "code": 1}
-        name = f"{number}-rank1.json"
-        (failures / name).write_text(json.dumps({**report, **act["report"]}))
+        tell(output, {"launch": launch, "rank": 1, "host": "node2", **act["report"]})
     while act.get("hangs"):
         time.sleep(0.1)
         if act.get("stops", True) and (output / "STOP").exists():
@@ -108,6 +106,15 @@ def _act(act: dict[str, Any], output: Path, resume: str | None, number: int) -> 
     if "outcome" in act:
         return _end(output, act["outcome"], step, act.get("exit", 0))
     return act.get("exit", 0)
+
+
+def tell(output: Path, report: dict[str, Any]) -> None:
+    """Write a report into failures/."""
+    failures = output / "failures"
+    failures.mkdir(parents=True, exist_ok=True)
+    content = {"phase": "step", "message": "told to", "time": time.time(), "code": 1, **report}
+    name = f"{time.time_ns()}-rank{report['rank']}-{report['launch']}.json"
+    (failures / name).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _rows(output: Path) -> list[dict[str, Any]]:

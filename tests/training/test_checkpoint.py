@@ -186,6 +186,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_deleted_after_the_next(
         patch.setattr(shutil, "rmtree", refuse)
         remove_old(tmp_path, keep=1)
     assert "checkpoint-4 cannot be deleted now" in capsys.readouterr().out
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-8"]
     newest = write_checkpoint(tmp_path, 12)
     remove_old(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == [newest]

@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_prove_itself_is_not_evaluated(runs: Path, tmp_path
 @pytest.fixture
 def resume(small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """setup() of a run that goes on from a checkpoint, as the only process."""
-    monkeypatch.setattr("vidcls.distributed.start", lambda timeout_seconds: None)
+    monkeypatch.setattr("vidcls.distributed.start", lambda *limits: None)
     monkeypatch.setattr("vidcls.distributed.world_size", lambda: 1)
     monkeypatch.setattr("vidcls.distributed.rank", lambda: 0)
     values = {**RECIPE, "ema_decay": 0.9, "dataset": str(small_shards), "output_dir": str(tmp_path / "out")}

@@ -41,12 +41,13 @@ def evaluate_checkpoint(
     Raises:
         ValueError: checkpoint or shards cannot be read, or no one head has the shards' classes.
     """
-    heads = read_heads(checkpoint)
-    index = ShardIndex.open(data)
-    chosen = head_for_labels(heads, head, index.labels, f"shards {data}")
+    with distributed.all_or_none("reading checkpoint and shards"):
+        heads = read_heads(checkpoint)
+        index = ShardIndex.open(data)
+        chosen = head_for_labels(heads, head, index.labels, f"shards {data}")
+        model, encoder, spec = load_model(checkpoint, model_name_or_path=base, trust_remote_code=trust_remote_code)
     if out is None:
         out = checkpoint / RESULTS_NAME if len(heads) == 1 else checkpoint / RESULTS_NAME / chosen.name
-    model, encoder, spec = load_model(checkpoint, model_name_or_path=base, trust_remote_code=trust_remote_code)
     model.to(distributed.device())
     if distributed.is_main() and chosen.settings != index.settings:
         made, trained_on = index.settings.to_dict(), chosen.settings.to_dict()

@@ -55,7 +55,7 @@ class Board:
     def write(self, status: Status) -> None:
         body = json.dumps(asdict(status), separators=(",", ":")).encode()
         assert len(body) <= SIZE - _BODY_AT, len(body)
-        self._version += 1
+        self._version |= 1  # odd; already so where a signal handler's write interrupts another
         _HEADER.pack_into(self._memory, 0, self._version, 0)
         self._memory[_BODY_AT : _BODY_AT + len(body)] = body
         self._version += 1

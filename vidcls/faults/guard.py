@@ -69,7 +69,7 @@ class Limits:
 
 
 class Guard:
-    def __init__(self, output_dir: Path | None, rank: int, limits: Limits) -> None:
+    def __init__(self, output_dir: Path | None, rank: int, limits: Limits, launch: str = "") -> None:
         self.output_dir = output_dir
         self.limits = limits
         self.stop_wanted: str | None = None  # why, once somebody asks
@@ -77,7 +77,7 @@ class Guard:
         self._until = 0.0  # time.monotonic() at which the phase's limit is reached
         self._can_save = False
         self._failing = False
-        self._status = Status(rank=rank)
+        self._status = Status(rank=rank, launch=launch)
         self._lock = threading.Lock()  # main thread and _look; never a signal handler
         self._board = Board.create()
         self._stacks = tempfile.TemporaryFile(prefix="vidcls-stacks-")  # noqa: SIM115 - as long as the process lives
@@ -109,7 +109,7 @@ class Guard:
         threading.Thread(target=self._look, name="guard", daemon=True).start()
 
     def joined(self, rank: int, world_size: int, launch: str) -> None:
-        self._set(rank=rank, world_size=world_size, launch=launch)
+        self._set(rank=rank, world_size=world_size, launch=self.launch or launch)
 
     @property
     def launch(self) -> str:
@@ -209,7 +209,8 @@ class Guard:
 
     def _leave_at_once(self, code: int) -> None:
         """From a signal handler, which may have interrupted whoever holds the lock."""
-        self._board.write(replace(self._status, leaving=True))
+        self._status = replace(self._status, leaving=True)
+        self._board.write(self._status)
         os._exit(code)
 
     def _look(self) -> None:
@@ -232,14 +233,15 @@ _current: Guard | None = None
 
 
 @contextlib.contextmanager
-def guarded(output_dir: Path | None, limits: Limits) -> Iterator[None]:
+def guarded(output_dir: Path | None, limits: Limits, launch: str = "") -> Iterator[None]:
     """Guard this process from here on. An error inside ends the process, with a report and an exit code of its kind.
 
+    launch: a text that all ranks of this launch were given, and no others; without it they agree on one as they meet.
     SystemExit and Ctrl-C go on as they are: whoever raises them has said why.
     """
     global _current
     assert _current is None
-    guard = _current = Guard(output_dir, rank_from_environment(), limits)
+    guard = _current = Guard(output_dir, rank_from_environment(), limits, launch)
     try:
         guard.start()
         yield
@@ -258,7 +260,7 @@ def phase(name: str, step: int | None = None, clips: str = "") -> None:
 
 
 def joined(rank: int, world_size: int, launch: str) -> None:
-    """The process group is there. launch: the same text on all its ranks, and on no others."""
+    """The process group is there. launch: the same text on all its ranks, and on no others; an earlier one stays."""
     if _current is not None:
         _current.joined(rank, world_size, launch)
 

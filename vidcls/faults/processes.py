@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-LAUNCHED_BY_DEEPSPEED = "CROSS_SIZE"  # set for every rank by deepspeed.launcher.launch, and by nothing else
-
 
 def rank_from_environment() -> int:
     """This process's rank before the process group exists (0 when there is no launcher)."""
@@ -17,6 +15,12 @@ def rank_from_environment() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 0
+
+
+def hosts_of_launch() -> int | None:
+    """How many hosts the deepspeed launcher started ranks on; None when it did not start this process."""
+    # Set by deepspeed.launcher.launch, and by nothing else.
+    return int(os.environ["CROSS_SIZE"]) if "CROSS_SIZE" in os.environ else None
 
 
 def state_of(pid: int) -> str:
@@ -72,7 +76,7 @@ def launchers() -> list[int] | None:
     above = list(ancestors(os.getpid()))
     ours = [pid for pid in above if is_deepspeed(words_of(pid))]
     if not ours:
-        return None if LAUNCHED_BY_DEEPSPEED in os.environ else []
+        return [] if hosts_of_launch() is None else None
     if any(Path(word).name == "deepspeed" for pid in ours for word in words_of(pid)[:5]):
         return ours
     beyond = above[above.index(ours[-1]) + 1 :]

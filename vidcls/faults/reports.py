@@ -48,7 +48,7 @@ def write_report(output_dir: Path | None, report: Report, stacks: str) -> Path |
         return None
     folder = output_dir / FOLDER_NAME
     when = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    path = folder / f"{when}-rank{report.rank}-{socket.gethostname()}.json"
+    path = folder / f"{when}-rank{report.rank}-{socket.gethostname()}{_ending(report.launch)}"
     content = {
         **asdict(report),
         "host": socket.gethostname(),
@@ -71,12 +71,18 @@ def write_report(output_dir: Path | None, report: Report, stacks: str) -> Path |
 def read_reports(output_dir: Path, launch: str) -> list[dict[str, Any]]:
     """The reports of one launch, oldest first; unreadable ones are left out."""
     found = []
-    for path in sorted((output_dir / FOLDER_NAME).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["launch"] == launch:
-                found.append(content)
+    with contextlib.suppress(OSError):
+        for path in (output_dir / FOLDER_NAME).glob(f"*{_ending(launch)}"):
+            with contextlib.suppress(OSError, ValueError):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if content["launch"] == launch:
+                    found.append(content)
     return sorted(found, key=lambda content: content["time"])
+
+
+def _ending(launch: str) -> str:
+    """Of a report's name: whoever looks for those of one launch every second need not open the others."""
+    return f"-{launch}.json" if launch else ".json"
 
 
 def memory_state() -> dict[str, Any]:

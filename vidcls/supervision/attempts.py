@@ -49,6 +49,7 @@ class Attempt:
     number: int
     started: float
     ended: float
+    launch: str  # the name it was given; its ranks' reports have it
     hosts: Mapping[str, int]  # {}: this host, without a hostfile
     dropped: Mapping[str, str]  # host -> why it does not take part
     ranks: int | None
@@ -73,7 +74,7 @@ class Attempt:
 def watch(
     session: Session,
     folder: RunFolder,
-    known: set[str],
+    launch: str,
     requests: StopRequests,
     patience: Patience,
     rejoin: Return,
@@ -81,7 +82,7 @@ def watch(
     """Wait for the end of a launch, and bring it about where it must be.
 
     Args:
-        known: the reports that were there before it.
+        launch: its name.
     """
     asked, deadline = "", None
     first_report, looked, size = None, 0.0, folder.log_size()
@@ -101,7 +102,7 @@ def watch(
                 return End(session.kill(), asked)
         if now - looked > 1.0:
             looked = now
-            if first_report is None and folder.reports() - known:
+            if first_report is None and folder.reports(launch):
                 first_report = now
             if folder.log_size() != size:
                 size, alive = folder.log_size(), now

@@ -73,8 +73,8 @@ class Command:
             return Path(named)
         return DEFAULT_HOSTFILE if DEFAULT_HOSTFILE.is_file() else None
 
-    def words(self, options: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
-        """The command with some launcher options (None: left out) and recipe keys replaced."""
+    def words(self, options: Mapping[str, Any], overrides: Mapping[str, Any], launch: str) -> list[str]:
+        """The command for a launch of this name, some launcher options (None: left out) and recipe keys replaced."""
         launcher = []
         for name, value in {**self.options, **options}.items():
             if value is True:
@@ -83,7 +83,7 @@ class Command:
                 launcher.append(f"--{name}={value}")
         kept = [item for item in self.overrides if item.partition("=")[0] not in overrides]
         added = [f"{key}={'' if value is None else value}" for key, value in overrides.items()]
-        return [self.program, *launcher, self.script, self.recipe, *kept, *added]
+        return [self.program, *launcher, self.script, self.recipe, *kept, *added, f"--launch-name={launch}"]
 
 
 def parse_command(words: Sequence[str]) -> Command:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vidcls.faults.guard import STOP_NAME
-from vidcls.faults.reports import FOLDER_NAME as FAILURES_NAME
+from vidcls.faults.reports import read_reports
 from vidcls.manifest import CheckpointError, read_manifest
 
 # Written by vidcls.training, which cannot be imported here: it imports torch.
@@ -35,16 +35,9 @@ class RunFolder:
         """So that the next one can only be the next launch's, whatever the clocks of the hosts say."""
         (self.path / OUTCOME_NAME).unlink(missing_ok=True)
 
-    def reports(self) -> set[str]:
-        folder = self.path / FAILURES_NAME
-        with contextlib.suppress(OSError):
-            return {path.name for path in folder.glob("*.json")}
-        return set()
-
-    def read_reports(self, names: set[str]) -> list[dict[str, Any]]:
-        """Oldest first; unreadable ones are left out."""
-        found = [_read_object(self.path / FAILURES_NAME / name) for name in names]
-        return sorted((report for report in found if report), key=lambda report: report.get("time", 0.0))
+    def reports(self, launch: str) -> list[dict[str, Any]]:
+        """The last words of the ranks of a launch, oldest first."""
+        return read_reports(self.path, launch)
 
     def rows(self) -> list[dict[str, Any]]:
         """The log's rows with a loss, by step."""

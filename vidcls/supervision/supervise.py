@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,6 +128,7 @@ class Supervisor:
             number=number,
             started=started,
             ended=started,
+            launch=uuid.uuid4().hex[:12],
             hosts=hosts,
             dropped=dropped,
             ranks=None,
@@ -165,11 +167,13 @@ class Supervisor:
             hosts, ranks = layout.hosts, layout.ranks
         port = free_port(self._ports)
         hostfile = write_hostfile(scratch / f"hosts-{attempt.number}", hosts)
-        words = self.command.words(launcher_options(self.command, self.places, hosts, hostfile, port), keys)
+        words = self.command.words(
+            launcher_options(self.command, self.places, hosts, hostfile, port), keys, attempt.launch
+        )
         self._wait_for_lock()
         if self.requests.stop:
             return _not_launched(attempt)
-        reports, begun = self.folder.reports(), self.folder.begun()
+        begun = self.folder.begun()
         self.folder.forget_outcome()
         self.folder.take_back_stop()
         where = ", ".join(f"{host}:{slots}" for host, slots in hosts.items()) or THIS_HOST
@@ -179,17 +183,17 @@ class Supervisor:
         probe = self.places.probe if self.places else probe_all
         back = Return(list(attempt.dropped) if few else [], probe, self.options.rejoin_every)
         try:
-            end = watch(session, self.folder, reports, self.requests, self.patience, back)
+            end = watch(session, self.folder, attempt.launch, self.requests, self.patience, back)
         finally:
             back.close()
             session.kill()
         with contextlib.suppress(OSError):
             self.folder.take_back_stop()
         self.begun = self.begun or self.folder.begun() != begun
-        told = self.folder.read_reports(self.folder.reports() - reports)
-        return self._ended(replace(attempt, hosts=hosts, ranks=ranks, port=port, resumed_from=resumed_from), end, told)
+        return self._ended(replace(attempt, hosts=hosts, ranks=ranks, port=port, resumed_from=resumed_from), end)
 
-    def _ended(self, attempt: Attempt, end: End, reports: list[dict]) -> Attempt:
+    def _ended(self, attempt: Attempt, end: End) -> Attempt:
+        reports = self.folder.reports(attempt.launch)
         verdict: Verdict = judge(end, self.folder.outcome(), reports)
         newest = step_of(self.folder.newest_checkpoint())
         saved = newest if self.begun else attempt.resumed_from

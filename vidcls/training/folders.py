@@ -24,9 +24,13 @@ def temporary_folder(output_dir: Path) -> Path:
     What killed runs left half-written goes first: the space may be needed.
     """
     _remove_leftovers(output_dir)
-    folder = output_dir / f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
+    folder = _temporary(output_dir)
     folder.mkdir(parents=True)
     return folder
+
+
+def _temporary(output_dir: Path) -> Path:
+    return output_dir / f"{TEMPORARY}{uuid.uuid4().hex[:8]}"
 
 
 def publish(
@@ -127,8 +131,8 @@ def _remove_leftovers(output_dir: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """What cannot be deleted now, perhaps because somebody reads it over NFS, is no reason to end a run: the next save
-    tries again."""
+    tries again. It loses its name first: one that was deleted by half would look like a damaged checkpoint."""
     try:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder if folder.name.startswith(TEMPORARY) else folder.rename(_temporary(folder.parent)))
     except OSError as error:
         print(f"vidcls: {folder} cannot be deleted now: {error}", flush=True)

@@ -62,25 +62,26 @@ def setup(config: Config) -> Run:
     Raises:
         ValueError: a user's mistake, in one message (ConfigError, ShardError, PromptError, CheckpointError).
     """
-    if config.run.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("report_to: 'wandb' needs the package wandb: pip install wandb, or use tensorboard")
-    check_changes(config.run.resume_with_changes)
-    data = open_data_sets(config)
-    spec = _model_spec(config)
-    encoder = build_encoder(spec, trust_remote_code=config.model.trust_remote_code)
-    clips = ClipBatches(
-        data.sources(),
-        encoder,
-        frame_choice(spec),
-        seed=config.run.seed,
-        jitter=config.data.temporal_jitter,
-        skip_bad=config.data.on_bad_sample == "skip",
-        answers=config.optim.lm_loss_weight > 0,
-    )
-    check_texts(clips, threads=config.data.preprocessing_num_workers)
-    eval_clips = open_eval_clips(config, data) if config.eval.eval_strategy != "no" else []
-    heads = build_heads(config, data, spec, encoder)
-    distributed.start(config.run.ddp_timeout)
+    options = config.run
+    with distributed.joining(options.ddp_timeout, max(options.start_timeout, options.save_timeout)):
+        if options.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+            raise ConfigError("report_to: 'wandb' needs the package wandb: pip install wandb, or use tensorboard")
+        check_changes(options.resume_with_changes)
+        data = open_data_sets(config)
+        spec = _model_spec(config)
+        encoder = build_encoder(spec, trust_remote_code=config.model.trust_remote_code)
+        clips = ClipBatches(
+            data.sources(),
+            encoder,
+            frame_choice(spec),
+            seed=config.run.seed,
+            jitter=config.data.temporal_jitter,
+            skip_bad=config.data.on_bad_sample == "skip",
+            answers=config.optim.lm_loss_weight > 0,
+        )
+        check_texts(clips, threads=config.data.preprocessing_num_workers)
+        eval_clips = open_eval_clips(config, data) if config.eval.eval_strategy != "no" else []
+        heads = build_heads(config, data, spec, encoder)
     _check_equal_weights(spec)
     plan = batch_plan(config.optim, distributed.world_size())
     assert plan is not None

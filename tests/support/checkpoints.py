@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vidcls.data.index import ShardIndex
+from vidcls.data.settings import DecodeSettings
 from vidcls.manifest import seal
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import (
@@ -46,13 +49,24 @@ def tiny_spec(*heads: str) -> ModelSpec:
     )
 
 
-def make_checkpoint(folder: Path, shards: dict[str, Path]) -> Path:
-    """A checkpoint with a head for each of these data sets, by name."""
+def make_checkpoint(
+    folder: Path,
+    shards: dict[str, Path],
+    *,
+    decoder_type: str = "linear",
+    settings: DecodeSettings | None = None,
+    **changes: Any,
+) -> Path:
+    """A checkpoint with a head for each of these data sets, by name.
+
+    settings: instead of the shards' own. changes: of the spec; its base_weights follow.
+    """
     folder.mkdir(parents=True)
-    spec = tiny_spec(*shards)
+    spec = replace(tiny_spec(*shards), **changes)
+    spec = replace(spec, base_weights=fingerprint(spec.model_name_or_path))
     encoder = build_encoder(spec)
     opened = {name: ShardIndex.open(place) for name, place in shards.items()}
-    heads = {name: ActionDecoder(128, len(index.labels)) for name, index in opened.items()}
+    heads = {name: ActionDecoder(128, len(index.labels), decoder_type) for name, index in opened.items()}
     model = build_model(spec, encoder, heads, seed=0)
     generator = torch.Generator().manual_seed(1)
     weights = {
@@ -63,7 +77,7 @@ def make_checkpoint(folder: Path, shards: dict[str, Path]) -> Path:
     save_model(folder, model, spec, weights, encoder.tokenizer)
     for name, index in opened.items():
         index.labels.save(head_folder(folder, name) / LABELS_NAME)
-        settings = json.dumps(index.settings.to_dict())
-        (head_folder(folder, name) / PREPROCESSING_NAME).write_text(settings, encoding="utf-8")
+        stored = json.dumps((settings or index.settings).to_dict())
+        (head_folder(folder, name) / PREPROCESSING_NAME).write_text(stored, encoding="utf-8")
     seal(folder)
     return folder

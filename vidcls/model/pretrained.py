@@ -44,6 +44,7 @@ ACTION_TOKEN_NAME = "action_token.safetensors"
 HEADS_NAME = "heads"
 LABELS_NAME = "label_map.json"  # of a head; written and read by those who know data: training, evaluation, prediction
 PREPROCESSING_NAME = "preprocessing.json"
+HERE = "."  # as model_name_or_path: the base model is in the checkpoint's own folder
 TRAINING_ONLY = ("training_state", "deepspeed/")  # how the names of files begin that inference does not read
 
 
@@ -210,8 +211,7 @@ def save_model(
     Args:
         weights: trained parameters, whole, by the classifier's parameter names (the module's own may be partitioned).
     """
-    spec_text = json.dumps(asdict(spec), indent=2, ensure_ascii=False)
-    (folder / SPEC_NAME).write_text(spec_text + "\n", encoding="utf-8")
+    write_spec(folder, spec)
     backbone = _below(weights, "backbone.")
     if spec.tuning.has_lora:
         save_adapter(model.backbone, backbone, folder, base=spec.model_name_or_path)
@@ -268,6 +268,11 @@ def head_folder(folder: Path, name: str) -> Path:
     return folder / HEADS_NAME / name
 
 
+def write_spec(folder: Path, spec: ModelSpec) -> None:
+    text = json.dumps(asdict(spec), indent=2, ensure_ascii=False)
+    (folder / SPEC_NAME).write_text(text + "\n", encoding="utf-8")
+
+
 def read_spec(folder: Path) -> ModelSpec:
     """The ModelSpec of a checkpoint folder. Raises ValueError when it is none."""
     path = folder / SPEC_NAME
@@ -276,6 +281,8 @@ def read_spec(folder: Path) -> ModelSpec:
         tuning = values.pop("tuning")
         if isinstance(tuning["lora_target"], list):
             tuning["lora_target"] = tuple(tuning["lora_target"])
+        if values["model_name_or_path"] == HERE:
+            values["model_name_or_path"] = str(folder)
         return ModelSpec(**values, tuning=TuningSettings(**tuning))
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a checkpoint: it has no {SPEC_NAME}") from None

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TrainableTokensConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen2_5_VLModel
@@ -22,6 +31,8 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 TUNED_WEIGHTS_NAME = "backbone.safetensors"
 PEFT_PREFIX = "base_model.model."
+# How PEFT calls the embedding table's rows that an adapter holds, beside LoRA with TOKEN_ADAPTER in front.
+EMBEDDINGS, TOKEN_ADAPTER, TOKEN_ROWS = "embed_tokens", "token_adapter.", "trainable_tokens_delta"
 
 FINETUNING_TYPES = ("lora", "full", "freeze")
 PART_TUNINGS = ("frozen", "lora", "full")
@@ -241,12 +252,61 @@ def save_adapter(model: PeftModel, weights: dict[str, torch.Tensor], folder: Pat
     # save_embedding_layers: the default looks the base model up on the hub and may add its embedding table.
     tensors = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS_NAME)
-    config = copy.deepcopy(model.peft_config["default"])
+    _save_adapter_config(copy.deepcopy(model.peft_config["default"]), folder, base)
+
+
+def _save_adapter_config(config: PeftConfig, folder: Path, base: str) -> None:
     config.base_model_name_or_path = base
     config.inference_mode = True
     # Which class the parameter names belong to: PEFT loads an adapter onto another one without a word.
     config.auto_mapping = {"base_model_class": "Qwen2_5_VLModel", "parent_library": "transformers"}
     config.save_pretrained(str(folder))
+
+
+def save_adapter_with_token(
+    model: nn.Module, row_D: torch.Tensor, token_id: int, folder: Path, *, dtype: torch.dtype, base: str
+) -> None:
+    """Write an adapter that holds the embedding of <ACTION> too, so that plain PEFT has all that was trained.
+
+    PEFT puts such rows in place of the table's (`trainable_token_indices`). A backbone without adapters gets one that
+    is nothing but the row.
+
+    Args:
+        model: as `tune` made it, in memory as a whole.
+        row_D: the embedding. token_id: its row in the table.
+        dtype: of the stored weights.
+        base: noted as the model they belong to.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    config: PeftConfig
+    if isinstance(model, PeftModel):
+        tensors = dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+        lora: Any = copy.deepcopy(model.peft_config["default"])
+        lora.trainable_token_indices = {EMBEDDINGS: [token_id]}
+        config, name = lora, f"{TOKEN_ADAPTER}{TOKEN_ROWS}"
+    else:
+        config, name = TrainableTokensConfig(token_indices=[token_id], target_modules=[EMBEDDINGS]), TOKEN_ROWS
+    tensors[f"{PEFT_PREFIX}language_model.{EMBEDDINGS}.{name}"] = row_D[None]
+    save_file({key: t.to(dtype).contiguous() for key, t in tensors.items()}, folder / ADAPTER_WEIGHTS_NAME)
+    _save_adapter_config(config, folder, base)
+
+
+def merge_adapter(model: nn.Module, *, dtype: torch.dtype) -> Qwen2_5_VLModel:
+    """The backbone with its adapters, if it has any, added to its weights, in `dtype`; `model` is used up.
+
+    Each layer is merged in float32 and rounded once: in bf16 most of a small update is lost.
+    """
+    if not isinstance(model, PeftModel):
+        plain: Any = model.to(dtype)
+        return plain
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            layer.to(torch.float32)
+            layer.merge(safe_merge=True)
+            layer.to(dtype)
+    merged: Any = model.unload()
+    return merged.to(dtype)
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
@@ -255,7 +315,8 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     Raises ValueError as `check_adapter_fits`.
     """
     check_adapter_fits(model, folder)
-    set_peft_model_state_dict(model, read_tensors(folder / ADAPTER_WEIGHTS_NAME))
+    tensors = read_tensors(folder / ADAPTER_WEIGHTS_NAME)
+    set_peft_model_state_dict(model, {name: t for name, t in tensors.items() if not name.endswith(TOKEN_ROWS)})
 
 
 def check_adapter_fits(model: PeftModel, folder: Path) -> None:
@@ -269,7 +330,9 @@ def check_adapter_fits(model: PeftModel, folder: Path) -> None:
         raise ValueError(f"{path} does not exist; {folder} is not a folder with an adapter")
     _check_adapter_config(model, folder / ADAPTER_CONFIG_NAME)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _check_shapes(path, found=read_shapes(path), expected=own)
+    # <ACTION> has a parameter of its own here, and a file.
+    found = {name: shape for name, shape in read_shapes(path).items() if not name.endswith(TOKEN_ROWS)}
+    _check_shapes(path, found=found, expected=own)
 
 
 def _check_adapter_config(model: PeftModel, path: Path) -> None:

@@ -1,0 +1,295 @@
+"""An export says what the checkpoint says: read by vidcls, and by transformers and peft without it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+import vidcls
+from tests.support import launch
+from tests.support.checkpoints import make_checkpoint
+from tests.support.real import ucf101_shards
+from tools.make_random_checkpoint import write_checkpoint
+from vidcls.data.settings import DecodeSettings
+from vidcls.export.folder import export_checkpoint
+from vidcls.manifest import CheckpointError
+from vidcls.model.pretrained import load_model
+from vidcls.model.tuning import TuningSettings
+from vidcls.options import DEFAULT_PROMPT
+
+# Runs a card's code on videos where neither vidcls nor deepspeed can be imported; prints the log-probabilities.
+STRANGER = """
+import json, re, sys
+sys.modules["vidcls"] = sys.modules["deepspeed"] = None
+code = re.findall(r"```python\\n(.*?)```", open(sys.argv[1] + "/README.md").read(), re.S)[1]
+for video in sys.argv[2:]:
+    names = {}
+    exec(code.replace('"clip.mp4"', repr(video)), names)
+    print("FOUND", json.dumps(names["logits"].double().log_softmax(-1)[0].tolist()))
+"""
+
+
+def own(model: Path, videos: list[Path], **options: Any) -> list[list[float]]:
+    """Log-probabilities, class by class, of vidcls.load."""
+    predictor = vidcls.load(model, **options)
+    found = []
+    for video in videos:
+        scores = dict(predictor.predict(video))
+        found.append([math.log(scores[name]) for name in predictor.head.labels.names])
+    return found
+
+
+def strangers(export: Path, videos: list[Path]) -> list[list[float]]:
+    words = [sys.executable, "-c", STRANGER, export.name, *map(str, videos)]
+    done = subprocess.run(words, cwd=export.parent, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+
+
+def card_code(export: Path) -> str:
+    return re.findall(r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL)[1]
+
+
+def difference(one: list[list[float]], other: list[list[float]]) -> float:
+    return (torch.tensor(one) - torch.tensor(other)).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("base") / "base", "tiny")
+
+
+@pytest.fixture(scope="module")
+def videos(small_shards: Path) -> list[Path]:
+    return sorted((small_shards.parent / "videos").rglob("*.mp4"))[::9]
+
+
+@pytest.mark.launch
+def test_trained_exported_and_loaded_in_every_way(real_data: Path, base: Path, tmp_path: Path) -> None:
+    """On 20 real clips of all containers at hand, a rotated one too."""
+    recipe = {
+        "model_name_or_path": str(base),
+        "dataset": str(ucf101_shards(real_data, tmp_path)["train"]),
+        "num_action_classes": 6,
+        "action_decoder_type": "mlp",
+        "per_device_train_batch_size": 6,
+        "max_steps": 30,
+        "learning_rate": 3e-3,
+        "bf16": False,
+        "report_to": "none",
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = launch.run([launch.PYTHON, "launch/train.py", tmp_path / "recipe.yaml"], log=tmp_path / "train.log")
+    assert done.code == 0, done.output[-3000:]
+    checkpoint = tmp_path / "run" / "checkpoint-30"
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    for out, more in ((adapter, []), (merged, ["--merge"])):
+        words = [launch.PYTHON, "launch/export.py", checkpoint, "--out", out, *more]
+        done = launch.run(words, log=tmp_path / "export.log")
+        assert done.code == 0, done.output[-3000:]
+        assert f"{out}: " in done.output
+        assert "default: 6 classes" in done.output
+
+    clips = sorted((real_data / "ucf101" / "videos").glob("*/*_g0[12]_*.avi"))[:12]
+    clips += sorted((real_data / "ssv2" / "videos").iterdir())[:4]
+    clips += [path for path in sorted((real_data / "clips").glob("*.m*")) if "corrupted" not in path.name]
+    clips += [real_data / "clips" / "RATRACE_wave_f_nm_np1_fr_goo_37.avi"]
+    assert len(clips) == 20
+    expected = own(checkpoint, clips)
+    # Clips that all get the same scores would show nothing.
+    assert torch.tensor(expected).std(dim=0).min() > 0.1
+    assert difference(own(adapter, clips), expected) == 0
+    assert difference(own(merged, clips), expected) < 1e-5
+    # 1e-6 where vidcls decodes with PyAV, as the card does; decord's colours may differ by one in 255.
+    assert difference(strangers(adapter, clips), expected) < 5e-4
+    assert difference(strangers(merged, clips), expected) < 5e-4
+
+
+SETTINGS = {
+    "area": DecodeSettings(frames=6, short_side=None, max_pixels=56 * 84),
+    "rate": DecodeSettings(frames=None, fps=4, max_frames=8, short_side=70),
+    "fewer frames than the model takes": DecodeSettings(frames=3, short_side=56),
+    "webp": DecodeSettings(frames=4, short_side=56, codec="webp", quality=80),
+    "png": DecodeSettings(frames=4, short_side=56, codec="png", quality=None),
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "decoder_type", "prompt"),
+    [
+        *((settings, "linear", DEFAULT_PROMPT) for settings in SETTINGS.values()),
+        (None, "attention", DEFAULT_PROMPT),
+        (None, "linear", "A stop <|im_end|> and a pad <|video_pad|> are text. <video> And? <ACTION>"),
+    ],
+    ids=[*SETTINGS, "attention", "special tokens as text"],
+)
+def test_the_code_of_the_card_does_as_vidcls_does(
+    settings: DecodeSettings | None,
+    decoder_type: str,
+    prompt: str,
+    base: Path,
+    small_shards: Path,
+    videos: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = make_checkpoint(
+        tmp_path / "checkpoint-1",
+        {"default": small_shards},
+        decoder_type=decoder_type,
+        settings=settings,
+        model_name_or_path=str(base),
+        prompts={"default": prompt},
+    )
+    export_checkpoint(checkpoint, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    code = card_code(tmp_path / "out")
+    found = []
+    for video in videos:
+        names: dict[str, Any] = {}
+        exec(code.replace('"clip.mp4"', repr(str(video))), names)
+        found.append(names["logits"].double().log_softmax(-1)[0].tolist())
+    assert difference(found, own(checkpoint, videos)) < 1e-4
+
+
+@pytest.mark.parametrize("finetuning_type", ["lora", "freeze"])
+def test_peft_alone_has_the_row_of_action(finetuning_type: str, base: Path, small_shards: Path, tmp_path: Path) -> None:
+    tuning = TuningSettings(finetuning_type=finetuning_type, lora_rank=2)
+    checkpoint = make_checkpoint(
+        tmp_path / "checkpoint-1", {"default": small_shards}, model_name_or_path=str(base), tuning=tuning
+    )
+    export_checkpoint(checkpoint, tmp_path / "out")
+    plain = AutoModel.from_pretrained(base, dtype=torch.float32)
+    before = plain.get_input_embeddings().weight.clone()
+    model: Any = PeftModel.from_pretrained(plain, tmp_path / "out")
+    _, encoder, _ = load_model(checkpoint)
+    ids = torch.tensor([[5, encoder.action_token_id]])
+    rows = model.get_input_embeddings()(ids)[0]
+    assert torch.equal(rows[0], before[5])
+    assert torch.equal(rows[1], load_file(checkpoint / "action_token.safetensors")["weight"])
+    assert not torch.equal(rows[1], before[encoder.action_token_id])
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        TuningSettings(lora_rank=2, vision_tuning="lora", merger_tuning="lora"),
+        TuningSettings(lora_rank=2, use_dora=True),
+        TuningSettings(finetuning_type="full", vision_tuning="lora", lora_rank=2),
+        TuningSettings(finetuning_type="freeze"),
+    ],
+    ids=["lora everywhere", "dora", "full and lora", "nothing"],
+)
+def test_merged_weights_do_the_same(
+    tuning: TuningSettings, base: Path, small_shards: Path, videos: list[Path], tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(
+        tmp_path / "checkpoint-1", {"default": small_shards}, model_name_or_path=str(base), tuning=tuning
+    )
+    export_checkpoint(checkpoint, tmp_path / "out", merge=True)
+    assert difference(own(tmp_path / "out", videos), own(checkpoint, videos)) < 1e-4
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")  # it is its own base model, wherever it is
+    assert difference(own(tmp_path / "elsewhere", videos), own(checkpoint, videos)) < 1e-4
+
+
+def test_bf16_weights_are_merged_in_fp32_and_rounded_once(base: Path, small_shards: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-1", {"default": small_shards}, model_name_or_path=str(base))
+    export_checkpoint(checkpoint, tmp_path / "out", merge=True, dtype="bf16")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    layer = "language_model.layers.1.mlp.up_proj"
+    adapter = load_file(checkpoint / "adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.{layer}.lora_{side}.weight"] for side in "AB")
+    before = AutoModel.from_pretrained(base, dtype=torch.float32).get_submodule(layer).weight
+    expected = (before + 4 / 2 * b @ a).to(torch.bfloat16)  # alpha 4, rank 2
+    (name,) = (name for name in stored if name.endswith("layers.1.mlp.up_proj.weight"))
+    assert torch.equal(stored[name], expected)
+
+
+def test_an_adapter_in_another_dtype(base: Path, small_shards: Path, videos: list[Path], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-1", {"default": small_shards}, model_name_or_path=str(base))
+    export_checkpoint(checkpoint, tmp_path / "out", dtype="bf16")
+    files = list((tmp_path / "out").rglob("*.safetensors"))
+    assert len(files) == 3
+    assert {tensor.dtype for path in files for tensor in load_file(path).values()} == {torch.bfloat16}
+    assert difference(own(tmp_path / "out", videos), own(checkpoint, videos)) < 1.0  # random weights are large
+    assert "torch.bfloat16" in card_code(tmp_path / "out")
+
+
+def test_several_heads(base: Path, small_shards: Path, up_down: Path, videos: list[Path], tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(
+        tmp_path / "checkpoint-1", {"all": small_shards, "some": up_down}, model_name_or_path=str(base)
+    )
+    export_checkpoint(checkpoint, tmp_path / "out")
+    for head in ("all", "some"):
+        assert own(tmp_path / "out", videos, head=head) == own(checkpoint, videos, head=head)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Head `all`: 4 classes" in card
+    assert "Head `some`: 2 classes" in card
+
+
+def test_the_card_tells_scores_data_and_base(base: Path, small_shards: Path, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint-1", {"default": small_shards}, model_name_or_path=str(base))
+    (checkpoint / "evaluation").mkdir()
+    scores = {"top1": 0.5, "top5": 1.0, "mean_class_accuracy": 0.25, "loss": 1.5, "seen": 26}
+    (checkpoint / "evaluation" / "eval.json").write_text(json.dumps(scores))
+    (checkpoint / "config.yaml").write_text("dataset: motion\nlearning_rate: 0.01\n")
+    export_checkpoint(checkpoint, tmp_path / "out", base_name="Qwen/Qwen2.5-VL-3B-Instruct")
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert "| evaluation | 26 | 0.5000 | 1.0000 | 0.2500 | 1.5000 |" in card
+    assert "- data: motion" in card
+    assert "- learning_rate: 0.01" in card
+    assert "licence" in card
+    stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == "Qwen/Qwen2.5-VL-3B-Instruct"
+    # A card is there to be written in; the model is not.
+    (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    vidcls.load(tmp_path / "out")
+    with (tmp_path / "out" / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
+        vidcls.load(tmp_path / "out")
+
+
+def test_what_cannot_be_exported_is_named_and_leaves_nothing(base: Path, small_shards: Path, tmp_path: Path) -> None:
+    def checkpoint(name: str, **changes: Any) -> Path:
+        changes.setdefault("model_name_or_path", str(base))
+        return make_checkpoint(tmp_path / name / "checkpoint-1", {"default": small_shards}, **changes)
+
+    out = tmp_path / "exports" / "out"
+    whole = checkpoint("whole")
+    with pytest.raises(ValueError, match="--merge: the built-in model 'tiny' has no files"):
+        export_checkpoint(checkpoint("tiny", model_name_or_path="tiny"), out)
+    with pytest.raises(ValueError, match=r"backbone\.safetensors holds whole weights that were trained"):
+        export_checkpoint(checkpoint("full", tuning=TuningSettings(finetuning_type="full")), out)
+    other = write_checkpoint(tmp_path / "other", "tiny", seed=1)
+    with pytest.raises(ValueError, match="holds other weights than the base model of"):
+        export_checkpoint(whole, out, base=str(other))
+    with pytest.raises(ValueError, match=r"base/nowhere'; it must be|base/nowhere"):
+        export_checkpoint(whole, out, base=str(base / "nowhere"))
+    headless = checkpoint("headless")
+    (headless / "heads" / "default" / "label_map.json").unlink()
+    with pytest.raises(ValueError, match=r"label_map\.json"):
+        export_checkpoint(headless, out)
+    assert not out.parent.exists() or not list(out.parent.iterdir())
+    out.mkdir(parents=True)
+    (out / "mine").touch()
+    with pytest.raises(ValueError, match=r"--out: .* is there already"):
+        export_checkpoint(whole, out)
+    assert [path.name for path in out.iterdir()] == ["mine"]

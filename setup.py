@@ -36,6 +36,7 @@ setup(
         "rich>=13",
         "matplotlib>=3.9",
         "psutil>=5.9",
+        "torchmetrics>=1.4",  # confusion matrix, per class metrics, calibration error
         "pebble>=5.1",  # worker processes that may crash or hang one at a time
         "ninja>=1.11",  # DeepSpeed compiles its CPU ops with it
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,20 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.clips import text_as_video
 from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request
+from vidcls.faults.exits import Exit
 from vidcls.model.pretrained import load_model
 
 pytestmark = pytest.mark.launch
 
 CLIPS = 26
+FILES = ("eval.json", "predictions.jsonl", "classes.csv", "confusion.csv")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("evaluate") / "checkpoint-1", {"default": small_shards})
+    """It takes two of the four frames that the shards hold."""
+    folder = tmp_path_factory.mktemp("evaluate") / "checkpoint-1"
+    return make_checkpoint(folder, {"default": small_shards}, video_maxlen=2)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +38,8 @@ def two_heads(small_shards: Path, up_down: Path, tmp_path_factory: pytest.TempPa
     return make_checkpoint(tmp_path_factory.mktemp("two") / "checkpoint-1", {"all": small_shards, "some": up_down})
 
 
-def evaluate(ranks: int, checkpoint: Path, shards: Path, out: Path) -> None:
-    words = ["launch/evaluate.py", checkpoint, "--data", shards, "--out", out, "--batch-size", 3]
+def evaluate(ranks: int, micro: int, checkpoint: Path, shards: Path, out: Path, *more: object) -> None:
+    words = ["launch/evaluate.py", checkpoint, "--data", shards, "--out", out, "--batch-size", micro, *more]
     log = out.with_suffix(".log")
     done = launch.deepspeed(ranks, *words, log=log) if ranks > 1 else launch.run([launch.PYTHON, *words], log=log)
     assert done.code == 0, done.output[-4000:]
@@ -43,10 +48,10 @@ def evaluate(ranks: int, checkpoint: Path, shards: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(checkpoint: Path, small_shards: Path) -> dict[int, Path]:
-    """The results from 1, 2 and 3 ranks; 26 clips in batches of 3 fill neither the last batch nor the last round."""
+    """The results from 1, 2 and 3 ranks; 26 clips in batches of 3 or 4 fill no last batch and no last round."""
     folders = {ranks: checkpoint.parent / f"out{ranks}" for ranks in (1, 2, 3)}
-    for ranks, out in folders.items():
-        evaluate(ranks, checkpoint, small_shards, out)
+    for (ranks, out), micro in zip(folders.items(), (1, 4, 3), strict=True):
+        evaluate(ranks, micro, checkpoint, small_shards, out)
     return folders
 
 
@@ -56,9 +61,50 @@ def predictions(evaluated: dict[int, Path]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("name", ["eval.json", "predictions.jsonl"])
-def test_the_files_are_the_same_bytes_at_any_rank_count(evaluated: dict[int, Path], ranks: int, name: str) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_the_files_are_the_same_bytes_at_any_rank_count_and_micro_batch(
+    evaluated: dict[int, Path], ranks: int, name: str
+) -> None:
+    assert sorted(path.name for path in evaluated[ranks].iterdir()) == sorted(FILES)
     assert (evaluated[ranks] / name).read_bytes() == (evaluated[1] / name).read_bytes()
+
+
+def test_several_views_too(checkpoint: Path, small_shards: Path, evaluated: dict[int, Path], tmp_path: Path) -> None:
+    views = ["--segments", 2, "--crops", 3]
+    evaluate(1, 4, checkpoint, small_shards, tmp_path / "one", *views)
+    evaluate(3, 1, checkpoint, small_shards, tmp_path / "three", *views)
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+    found = json.loads((tmp_path / "one" / "eval.json").read_text())
+    assert found["views"] == {"segments": 2, "crops": 3}
+    assert found["seen"] == CLIPS
+    before = (evaluated[1] / "predictions.jsonl").read_text()
+    assert (tmp_path / "one" / "predictions.jsonl").read_text() != before
+
+
+def test_a_clip_that_cannot_be_read_is_listed_and_told(checkpoint: Path, small_shards: Path, tmp_path: Path) -> None:
+    shards = Path(shutil.copytree(small_shards, tmp_path / "shards"))
+    tar = sorted(shards.glob("*.tar"))[0]
+    content = bytearray(tar.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    tar.write_bytes(content)
+    words = [launch.PYTHON, "launch/evaluate.py", checkpoint, "--data", shards, "--out", tmp_path / "out"]
+    done = launch.run([*words, "--shuffle-frames"], log=tmp_path / "log")
+    assert done.code == Exit.DATA, done.output[-3000:]
+    (missing,) = [json.loads(line) for line in (tmp_path / "out" / "missing.jsonl").read_text().splitlines()]
+    assert f"missing: {missing['key']}: " in done.output
+    assert tar.name in missing["reason"]
+    found = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert (found["seen"], found["missing"], found["control"]) == (CLIPS - 1, 1, "shuffled")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert {row["key"] for row in rows} == {*ShardIndex.open(small_shards).keys} - {missing["key"]}
+
+
+def test_segments_that_would_all_be_the_same_are_refused(two_heads: Path, small_shards: Path, tmp_path: Path) -> None:
+    words = [launch.PYTHON, "launch/evaluate.py", two_heads, "--data", small_shards, "--out", tmp_path / "out"]
+    done = launch.run([*words, "--segments", 2], log=tmp_path / "log")
+    assert done.code == 2, done.output[-3000:]
+    assert "error: --segments: 2 views would be one and the same" in done.output
 
 
 def test_every_clip_counts_exactly_once(

@@ -11,19 +11,21 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.support.forgery import forge_sample
-from tests.support.shards import clip_batches
+from tests.support.shards import clip_batches, make_shards
 from tests.support.web import web
+from tools.make_motion_clips import write_video
 from vidcls.config import PromptError
 from vidcls.data.augment import AugmentSettings
 from vidcls.data.batch import Batch, collate, prepare_clip
 from vidcls.data.codecs import FrameError, decode_frames
-from vidcls.data.frames import jittered, view
+from vidcls.data.frames import Views, jittered, view
 from vidcls.data.index import ShardError, ShardIndex
 from vidcls.data.joint import JointOrder
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request, evaluation_requests, training_requests
@@ -167,8 +169,8 @@ def test_training_takes_other_frames_each_epoch_and_evaluation_the_view_it_asks_
     index = ShardIndex.open(small_shards)
     decoded = decode_frames(ShardReader(index).read(5).frames, "jpg", 56, 56)
 
-    def read(request: Request, jitter: bool = True) -> np.ndarray:
-        clips = clip_batches(index, encoder, 2, seed=9, jitter=jitter)
+    def read(request: Request, jitter: bool = True, **options: Any) -> np.ndarray:
+        clips = clip_batches(index, encoder, 2, seed=9, jitter=jitter, **options)
         return clips.read(request).frames.numpy()
 
     epochs = [read(Request((5,), epochs=(epoch,))) for epoch in range(8)]
@@ -180,7 +182,41 @@ def test_training_takes_other_frames_each_epoch_and_evaluation_the_view_it_asks_
     assert np.array_equal(read(Request((5,))), middle)
     for number in range(2):
         expected = decoded[view(4, 2, number, 2)].reshape(-1)
-        assert np.array_equal(read(Request((5,), view=number, views=2)), expected)
+        assert np.array_equal(read(Request((5,), segment=number), views=Views(segments=2)), expected)
+    assert np.array_equal(read(Request((5,)), views=Views(control="single")), decoded[[3, 3]].reshape(-1))
+    training = Request((5,), epochs=(0,))  # which no control concerns
+    assert np.array_equal(read(training, views=Views(control="single")), epochs[0])
+
+
+def test_crops_are_squares_along_the_longer_side(encoder: PromptEncoder, tmp_path: Path) -> None:
+    (tmp_path / "videos" / "a").mkdir(parents=True)
+    pictures = np.random.default_rng(0).integers(256, size=(8, 64, 96, 3), dtype=np.uint8)
+    write_video(tmp_path / "videos" / "a" / "clip.mp4", pictures)
+    index = ShardIndex.open(make_shards(tmp_path / "videos", tmp_path / "shards", frames=4, short_side=56))
+    height, width = int(index.height[0]), int(index.width[0])
+    assert height == 56 < width
+    decoded = decode_frames(ShardReader(index).read(0).frames, "jpg", height, width)
+    clips = clip_batches(index, encoder, 4, views=Views(crops=3))
+    for number, left in enumerate((0, (width - 56) // 2, width - 56)):
+        batch = clips.read(Request((0,), crop=number))
+        assert batch.grid_thw == ((2, 4, 4),)
+        assert np.array_equal(batch.frames.numpy(), decoded[:, :, left : left + 56].reshape(-1))
+    assert clips.read(Request((0,))).grid_thw != ((2, 4, 4),)
+
+
+def test_shuffled_frames_keep_their_times(small_shards: Path, encoder: PromptEncoder) -> None:
+    """What the model is told of the time is the same; only what it sees is not."""
+    index = ShardIndex.open(small_shards)
+    plain = clip_batches(index, encoder, 4)
+    shuffled = clip_batches(index, encoder, 4, views=Views(control="shuffled"))
+    moved = 0
+    for sample in range(6):
+        first, second = (clips.read(Request((sample,))) for clips in (plain, shuffled))
+        assert torch.equal(first.position_ids_3BL, second.position_ids_3BL)
+        before, after = (batch.frames.view(4, -1) for batch in (first, second))
+        assert sorted(frame.sum() for frame in before) == sorted(frame.sum() for frame in after)
+        moved += not torch.equal(before, after)
+    assert moved > 2
 
 
 def test_frames_that_are_not_used_are_not_decoded(small_shards: Path, encoder: PromptEncoder, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from sklearn.metrics import accuracy_score, log_loss
 from tests.support.checkpoints import make_checkpoint
 from tests.support.shards import make_shards
 from vidcls.data.batch import Batch
+from vidcls.data.codecs import FrameError
+from vidcls.data.frames import Views
 from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request
 from vidcls.evaluation.evaluate import class_scores, evaluate, predict_batches
@@ -45,9 +48,9 @@ def model(loaded: tuple) -> ActionClassifier:
     return loaded[0]
 
 
-def clips_of(number: int, indexes: list[ShardIndex], loaded: tuple) -> ClipBatches:
+def clips_of(number: int, indexes: list[ShardIndex], loaded: tuple, most: int = 4, **options: Any) -> ClipBatches:
     prompt = list(loaded[2].prompts.values())[number]
-    return ClipBatches([ClipSource(indexes[number], prompt, number)], loaded[1], FRAMES)
+    return ClipBatches([ClipSource(indexes[number], prompt, number)], loaded[1], FrameChoice(most), **options)
 
 
 def own_scores(model: ActionClassifier, head: str, batches: list[Batch]) -> np.ndarray:
@@ -66,7 +69,8 @@ def test_scores_are_a_distribution_over_the_own_heads_classes(
     indexes: list[ShardIndex], loaded: tuple, model: ActionClassifier, number: int
 ) -> None:
     index, clips = indexes[number], clips_of(number, indexes, loaded)
-    metrics, predictions = evaluate(model, clips, micro=5, workers=0)
+    done = evaluate(model, clips, micro=5, workers=0)
+    metrics, predictions = done.metrics, done.predictions
     expected_NC = own_scores(model, HEADS[number], [clips[Request((i,))] for i in range(len(index))])
     found_NC = np.stack([prediction.scores for prediction in predictions])
     assert found_NC.shape == (len(index), len(index.labels)) == expected_NC.shape
@@ -109,7 +113,8 @@ def test_some_clips_only(
     ids = np.array([1, 2, 9, 10, 17, 25])
     clips = clips_of(0, indexes, loaded)
     heard: list[int] = []
-    metrics, predictions = evaluate(model, clips, ids=ids, micro=micro, workers=workers, done=heard.append)
+    done = evaluate(model, clips, ids=ids, micro=micro, workers=workers, done=heard.append)
+    metrics, predictions = done.metrics, done.predictions
     assert [prediction.key for prediction in predictions] == [indexes[0].keys[i] for i in ids]
     assert [prediction.label for prediction in predictions] == indexes[0].label[ids].tolist()
     expected_NC = own_scores(model, "four", [clips[Request((int(i),))] for i in ids])
@@ -120,7 +125,7 @@ def test_some_clips_only(
 
 def test_a_padding_batch_counts_for_nothing(indexes: list[ShardIndex], loaded: tuple, model: ActionClassifier) -> None:
     clips = clips_of(0, indexes, loaded)
-    assert predict_batches(model, [clips[Request((0,), weight=0.0)]], 4) == []
+    assert predict_batches(model, [clips[Request((0,), weight=0.0)]], 4) == ([], {})
 
 
 def test_clips_that_were_not_seen_are_an_error(
@@ -130,3 +135,52 @@ def test_clips_that_were_not_seen_are_an_error(
     monkeypatch.setattr("vidcls.evaluation.evaluate.evaluation_requests", lambda *_: [Request((0, 1)), Request((1,))])
     with pytest.raises(RuntimeError, match=r"saw 3 clips \(2 different\), there are 3"):
         evaluate(model, clips, ids=np.array([0, 1, 2]), micro=2, workers=0)
+
+
+@pytest.mark.parametrize("views", [Views(), Views(segments=2, crops=3)], ids=["one view", "six views"])
+def test_no_number_depends_on_the_batch(
+    views: Views, indexes: list[ShardIndex], loaded: tuple, model: ActionClassifier
+) -> None:
+    """In fp32, to the last bit: what else is in a batch changes the order of summation in a matrix product."""
+    clips = clips_of(0, indexes, loaded, most=2, views=views)
+    found = [evaluate(model, clips, micro=micro, workers=0).predictions for micro in (1, 4, 7)]
+    for others in found[1:]:
+        assert [each.key for each in others] == [each.key for each in found[0]]
+        assert all(np.array_equal(one.scores, other.scores) for one, other in zip(found[0], others, strict=True))
+
+
+def test_views_are_averaged_clip_by_clip(indexes: list[ShardIndex], loaded: tuple, model: ActionClassifier) -> None:
+    views = Views(segments=2, crops=3)
+    clips = clips_of(0, indexes, loaded, most=2, views=views)
+    found = evaluate(model, clips, ids=np.array([3, 8, 20]), micro=2, workers=0).predictions
+    for prediction, sample in zip(found, (3, 8, 20), strict=True):
+        asked = [Request((sample,), segment=segment, crop=crop) for segment, crop in views.numbered()]
+        single = [own_scores(model, "four", [clips[request]])[0] for request in asked]
+        assert len(single) == 6
+        np.testing.assert_allclose(prediction.scores, np.mean(single, axis=0), atol=1e-6)
+        assert np.std(single, axis=0).max() > 1e-3  # else any view could pass for their mean
+
+
+def test_a_clip_that_cannot_be_read_is_missing_and_nothing_takes_its_place(
+    indexes: list[ShardIndex], loaded: tuple, model: ActionClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = clips_of(0, indexes, loaded, most=2, skip_bad=True, views=Views(segments=2))
+    whole = evaluate(model, clips, micro=4, workers=0)
+    read = ClipBatches._read_frames
+
+    def refuse(self: ClipBatches, row: Any, out: np.ndarray) -> Any:
+        if row.sample == 5 and row.segment == 1:  # one of its views is enough
+            raise FrameError("cut short")
+        return read(self, row, out)
+
+    monkeypatch.setattr(ClipBatches, "_read_frames", refuse)
+    found = evaluate(model, clips, micro=4, workers=0)
+    key = indexes[0].keys[5]
+    assert found.missing == {key: "cut short"}
+    assert found.metrics.seen == len(indexes[0]) - 1
+    kept = [each for each in whole.predictions if each.key != key]
+    assert [each.key for each in found.predictions] == [each.key for each in kept]
+    assert all(np.array_equal(one.scores, two.scores) for one, two in zip(found.predictions, kept, strict=True))
+    monkeypatch.setattr(ClipBatches, "_read_frames", lambda *_: (_ for _ in ()).throw(FrameError("gone")))
+    with pytest.raises(FrameError, match="none of 26 clips can be read"):
+        evaluate(model, clips, micro=4, workers=0)

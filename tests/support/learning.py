@@ -57,7 +57,7 @@ def predictions(checkpoint: Path, shards: Path, kind: type[ClipBatches] = ClipBa
     head = head_for_labels(read_heads(checkpoint), None, index.labels, str(shards))
     clips = kind([ClipSource(index, head.prompt, head.number)], encoder, frame_choice(spec))
     requests = (Request(tuple(range(i, min(i + BATCH, len(index))))) for i in range(0, len(index), BATCH))
-    return predict_batches(model, map(clips.__getitem__, requests), len(index.labels))
+    return predict_batches(model, map(clips.__getitem__, requests), len(index.labels))[0]
 
 
 def top1(found: list[Prediction], labels: set[int] | None = None) -> float:

@@ -150,6 +150,24 @@ class Batch:
     def pin_memory(self) -> Batch:
         return self._each_tensor(lambda t: t.pin_memory())
 
+    def alone(self, row: int) -> Batch:
+        """One row as a batch of its own, without the others' padding. Of batches without answers."""
+        assert self.answer_labels_BL is None
+        patches = [math.prod(grid) for grid in self.grid_thw]
+        values = self.frames.numel() // sum(patches)  # of one patch
+        start, end = (sum(patches[:count]) * values for count in (row, row + 1))
+        one, length = slice(row, row + 1), int(self.action_positions_B[row]) + 1
+        rows = {f.name: getattr(self, f.name)[one] for f in fields(self) if f.name.endswith("_B")}
+        return replace(
+            self,
+            **rows,
+            frames=self.frames[start:end],
+            grid_thw=self.grid_thw[one],
+            input_ids_BL=self.input_ids_BL[one, :length],
+            position_ids_3BL=self.position_ids_3BL[:, one, :length],
+            keys=self.keys[one],
+        )
+
     def _each_tensor(self, function: Any) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})

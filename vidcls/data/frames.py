@@ -5,9 +5,62 @@ al. 2016, arXiv 1608.00859), or `frames` of them `stride` apart (dense: Feichten
 A clip that has no more than `frames` is used whole, whatever else is asked.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from vidcls.data.order import DENSE, TEMPORAL_JITTER, random_words
+from vidcls.data.order import CONTROL, DENSE, TEMPORAL_JITTER, random_words
+
+CROPS = (1, 3)
+CONTROLS = ("none", "shuffled", "single")
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a clip is looked at in evaluation; its scores are the mean over the views (Simonyan and Zisserman 2014,
+    arXiv 1406.2199). ValueError unless the values are legal.
+
+    segments: choices of frames (`view`). crops: of each, 1: whole frames; 3: the squares at both ends and in the middle
+    of the longer side. control: what the model is not shown, to see what it uses: "shuffled": the order of the frames;
+    "single": all but the middle one.
+    """
+
+    segments: int = 1
+    crops: int = 1
+    control: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.segments < 1:
+            raise ValueError(f"segments: {self.segments}; legal: >= 1")
+        if self.crops not in CROPS:
+            raise ValueError(f"crops: {self.crops}; legal: {', '.join(map(str, CROPS))}")
+        if self.control not in CONTROLS:
+            raise ValueError(f"control: {self.control!r}; legal: {', '.join(CONTROLS)}")
+
+    @property
+    def count(self) -> int:
+        return self.segments * self.crops
+
+    def numbered(self) -> list[tuple[int, int | None]]:
+        """Every (number of the segment, number of the crop), the crop None for whole frames."""
+        crops = [None] if self.crops == 1 else range(self.crops)
+        return [(segment, crop) for segment in range(self.segments) for crop in crops]
+
+
+def square(height: int, width: int, number: int) -> tuple[slice, slice]:
+    """Rows and columns of square `number` (0 to 2, from the start to the end of the longer side) of a frame."""
+    side = min(height, width)
+    top, left = ((length - side) * number // 2 for length in (height, width))
+    return slice(top, top + side), slice(left, left + side)
+
+
+def controlled(count: int, control: str, sample: int) -> list[int]:
+    """Which of `count` chosen frames stands at each place under a control: always the same for a sample."""
+    if control == "single":
+        return [count // 2] * count
+    if control == "shuffled":
+        return np.argsort(random_words(0, 0, count, purpose=CONTROL, item=sample), kind="stable").tolist()
+    return list(range(count))
 
 
 def jittered(total: int, frames: int, seed: int, epoch: int, sample: int) -> list[int]:

@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 from vidcls.data.augment import AugmentSettings, augment_clip, mix_clips, mix_plan
 from vidcls.data.batch import Batch, ClipEncoder, ClipShape, EncodedText, PreparedClip, collate, seconds_per_grid
 from vidcls.data.codecs import FrameError, decode_frames
-from vidcls.data.frames import dense, dense_view, jittered, view
+from vidcls.data.frames import Views, controlled, dense, dense_view, jittered, square, view
 from vidcls.data.index import ShardError, ShardIndex
 from vidcls.data.joint import JointOrder, source_seed
 from vidcls.data.mirror import swap_sides, swaps_classes
@@ -33,16 +33,16 @@ class Request:
     """One micro-batch to read.
 
     sources: the data set of each sample (all 0 when left out). weight: of its rows, 0 for a padding batch. epochs: in
-    training, the epoch of each sample, on which its frames and its augmentation depend. view: otherwise, which of
-    `views` views of each clip (frames.view). ahead: (data set, shard) to fetch.
+    training, the epoch of each sample, on which its frames and its augmentation depend. segment, crop: otherwise, which
+    view of each clip (frames.Views). ahead: (data set, shard) to fetch.
     """
 
     samples: tuple[int, ...]
     sources: tuple[int, ...] = ()
     weight: float = 1.0
     epochs: tuple[int, ...] | None = None
-    view: int = 0
-    views: int = 1
+    segment: int = 0
+    crop: int | None = None
     ahead: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -100,8 +100,8 @@ class _Row:
     source: int
     sample: int
     epoch: int | None
-    view: int
-    views: int
+    segment: int
+    crop: int | None
     shape: ClipShape
 
 
@@ -122,7 +122,8 @@ class ClipBatches:
     seed: of frames and augmentation in training. jitter: training chooses frames at random; otherwise as evaluation
     does. skip_bad: a clip that cannot be read becomes a black one of weight 0 that Batch.bad names with its data set,
     as "1/key", and is mixed into no other; otherwise it raises ShardError or FrameError. answers: put each clip's
-    answer behind <ACTION>: its own, or its class name, also where its own is too long for the encoder.
+    answer behind <ACTION>: its own, or its class name, also where its own is too long for the encoder. views: of
+    evaluation.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class ClipBatches:
         jitter: bool = True,
         skip_bad: bool = False,
         answers: bool = False,
+        views: Views | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.encoder = encoder
@@ -143,6 +145,7 @@ class ClipBatches:
         self.jitter = jitter
         self.skip_bad = skip_bad
         self.answers = answers
+        self.views = views or Views()
         self._readers = [ShardReader(source.index) for source in self.sources]
         # Few texts differ: clips of one size and frame rate share theirs. They are never written to.
         self._encode = lru_cache(maxsize=TEXTS_KEPT)(encoder.encode)
@@ -155,6 +158,8 @@ class ClipBatches:
         for index in (source.index for source in self.sources):
             used = np.minimum(index.frames, self.frames.most)
             stored |= {*zip(used.tolist(), index.height.tolist(), index.width.tolist(), strict=True)}
+        if self.views.crops > 1:
+            stored |= {(used, min(size), min(size)) for used, *size in stored}
         return {ClipShape.of(self.encoder, *each) for each in stored}
 
     def __getitem__(self, request: Request) -> Batch:
@@ -192,9 +197,12 @@ class ClipBatches:
             source = request.sources[place] if request.sources else 0
             index = self.sources[source].index
             used = min(int(index.frames[sample]), self.frames.most)
-            shape = ClipShape.of(self.encoder, used, int(index.height[sample]), int(index.width[sample]))
+            size = int(index.height[sample]), int(index.width[sample])
+            if request.crop is not None:
+                size = min(size), min(size)
+            shape = ClipShape.of(self.encoder, used, *size)
             epoch = None if request.epochs is None else request.epochs[place]
-            rows.append(_Row(source, sample, epoch, request.view, request.views, shape))
+            rows.append(_Row(source, sample, epoch, request.segment, request.crop, shape))
         return rows
 
     def _clip(self, row: _Row, out: np.ndarray) -> PreparedClip:
@@ -264,10 +272,14 @@ class ClipBatches:
         index = source.index
         chosen = self._chosen(row)
         stored = self._readers[row.source].read(row.sample)
-        encoded = [stored.frames[i] for i in chosen]
+        shown = chosen
+        if row.epoch is None:
+            shown = [chosen[i] for i in controlled(len(chosen), self.views.control, row.sample)]
+        encoded = [stored.frames[i] for i in shown]
         size = int(index.height[row.sample]), int(index.width[row.sample])
         augment = source.augment if row.epoch is not None else None
-        straight = augment is None and size == row.shape.shape[1:3]  # to its place, if it fits
+        # To its place, if it fits.
+        straight = augment is None and row.crop is None and size == row.shape.shape[1:3]
         try:
             frames = decode_frames(
                 encoded, index.settings.codec, *size, out=out[: row.shape.used] if straight else None
@@ -282,6 +294,8 @@ class ClipBatches:
             one_sided = source.mirror is not None and source.mirror[label] < 0
             settings = replace(augment, horizontal_flip=0.0) if one_sided else augment
             frames, flipped = augment_clip(frames, settings, self.seeds[row.source], row.epoch, row.sample)
+        if row.crop is not None:
+            frames = frames[:, *square(*size, row.crop)]
         row.shape.fill(out, frames)
         times = [stored.about.frame_times[i] for i in chosen]
         if flipped and source.mirror is not None:
@@ -302,7 +316,7 @@ class ClipBatches:
         if row.epoch is not None and self.jitter:
             chosen = self.frames.training(total, self.seeds[row.source], row.epoch, row.sample)
         else:
-            chosen = self.frames.evaluation(total, row.view, row.views)
+            chosen = self.frames.evaluation(total, row.segment, self.views.segments)
         used = row.shape.used
         if len(chosen) > used:
             return [chosen[i] for i in view(len(chosen), used)]
@@ -350,9 +364,18 @@ def training_requests(order: JointOrder, layout: StepLayout, first_step: int, la
 
 
 def evaluation_requests(
-    index: ShardIndex, micro: int, world_size: int, rank: int, ids: np.ndarray | None = None
+    index: ShardIndex,
+    micro: int,
+    world_size: int,
+    rank: int,
+    ids: np.ndarray | None = None,
+    views: Views | None = None,
 ) -> list[Request]:
-    """This rank's batches of one evaluation of every clip (or those of `ids`), the same number on every rank."""
+    """This rank's batches of one evaluation of every clip (or those of `ids`), the same number on every rank.
+
+    Each batch comes once for every view, one behind the other.
+    """
+    numbered = (views or Views()).numbered()
     samples = np.arange(len(index)) if ids is None else ids
     shard = index.shard[samples]
     changes = np.flatnonzero(np.diff(shard)) + 1
@@ -360,7 +383,8 @@ def evaluation_requests(
     requests = []
     for number, chunk in enumerate(chunks):
         if chunk is None:
-            requests.append(Request((int(samples[0]),), weight=0.0))
+            padding = Request((int(samples[0]),), weight=0.0)
+            requests += [replace(padding, segment=segment, crop=crop) for segment, crop in numbered]
             continue
         both = [each for each in chunks[number : number + 2] if each is not None]
         needed = dict.fromkeys(used for each in both for used in shard[each.start : each.stop].tolist())
@@ -368,5 +392,6 @@ def evaluation_requests(
             later = changes[np.searchsorted(changes, chunk.stop) :][:1]
             needed |= dict.fromkeys(shard[later].tolist())
         ahead = tuple((0, each) for each in needed)
-        requests.append(Request(tuple(samples[chunk.start : chunk.stop].tolist()), ahead=ahead))
+        clips = Request(tuple(samples[chunk.start : chunk.stop].tolist()), ahead=ahead)
+        requests += [replace(clips, segment=segment, crop=crop) for segment, crop in numbered]
     return requests

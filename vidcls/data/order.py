@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 # What random words are for; different purposes never share a word.
-SAMPLE_ORDER, SHARD_ORDER, TEMPORAL_JITTER, AUGMENT, MIX, DENSE, JOINT_ORDER, SELECTION = range(8)
+SAMPLE_ORDER, SHARD_ORDER, TEMPORAL_JITTER, AUGMENT, MIX, DENSE, JOINT_ORDER, SELECTION, CONTROL = range(9)
 HEAD_START = 8
 """The next window is announced once 1/8 of the present one is read: by then every rank has left the one before, whose
 shards may have to make room in a cache."""

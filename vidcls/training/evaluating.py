@@ -197,7 +197,7 @@ class Evaluations:
                     micro=self._micro,
                     workers=self._workers,
                     seconds=self._seconds,
-                )[0]
+                ).metrics
                 for name, clips in self.batches.items()
             }
         # From the main rank: hosts of different kinds may differ in a last bit, and then over which is the best.

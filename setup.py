@@ -35,6 +35,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "matplotlib>=3.9",
+        "plotly>=6",  # the charts of report.html: its JavaScript is written into the page
         "psutil>=5.9",
         "torchmetrics>=1.4",  # confusion matrix, per class metrics, calibration error
         "pebble>=5.1",  # worker processes that may crash or hang one at a time

@@ -5,7 +5,7 @@
 
 Writes eval.json (top1 with a 95 % interval, top5, mean_class_accuracy, macro F1, loss, calibration), predictions.jsonl,
 classes.csv and confusion.csv. Of several heads, the one that has the classes of the shards is evaluated. A clip that
-cannot be read is left out, listed in missing.jsonl, and makes the exit code 74.
+cannot be read is left out, listed in missing.jsonl, and makes the exit code 74. The run's report.html shows it all.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def main() -> None:
             from vidcls import distributed
             from vidcls.data.frames import Views
             from vidcls.evaluation.command import evaluate_checkpoint
+            from vidcls.report.write import add_evaluation
 
         with distributed.leaving(), user_errors():
             distributed.check_hostfile()
@@ -58,7 +59,7 @@ def main() -> None:
                     f"--batch-size {arguments.batch_size} --workers {arguments.workers}: legal: >= 1, >= 0"
                 )
             distributed.start(arguments.timeout)
-            found = evaluate_checkpoint(
+            found, out = evaluate_checkpoint(
                 arguments.checkpoint,
                 arguments.data,
                 arguments.out,
@@ -69,6 +70,8 @@ def main() -> None:
                 trust_remote_code=arguments.trust_remote_code,
                 views=Views(arguments.segments, arguments.crops, arguments.control),
             )
+            if distributed.is_main():
+                add_evaluation(arguments.checkpoint, out)
     if found.missing:
         sys.exit(Exit.DATA)
 

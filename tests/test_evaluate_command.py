@@ -22,7 +22,7 @@ from vidcls.model.pretrained import load_model
 pytestmark = pytest.mark.launch
 
 CLIPS = 26
-FILES = ("eval.json", "predictions.jsonl", "classes.csv", "confusion.csv")
+FILES = ("eval.json", "predictions.jsonl", "classes.csv", "confusion.csv", "mistakes.json")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ ROWS = (
     ("vidcls.distributed", "vidcls.command", "vidcls.progress"),
     ("vidcls.data", "vidcls.model"),
     ("vidcls.evaluation", "vidcls.sharding", "vidcls.inspection", "vidcls.doctor", "vidcls.supervision"),
+    ("vidcls.report",),
     ("vidcls.training",),
     ("vidcls.export", "vidcls.predict"),
     ("launch", "tools"),

@@ -148,6 +148,7 @@ TESTED: dict[str, str] = {
     "save_deepspeed_state": "tests/training/test_damage.py::test_deepspeeds_tools_find_the_same_weights",
     "logging_steps": f"{COMMAND}::test_the_output_folder_has_what_is_promised",
     "plot_loss": f"{HERE}::test_plot_loss_and_report_to",
+    "html_report": f"{HERE}::test_plot_loss_and_report_to",
     "report_to": f"{HERE}::test_plot_loss_and_report_to",
     "seed": f"{HERE}::test_seed",
     "save_every_minutes": "tests/training/test_stopping.py::test_a_save_is_due_once_when_the_minutes_are_over",
@@ -783,7 +784,8 @@ def test_per_device_eval_batch_size(
     run = prepare(val_size=10, eval_strategy="epoch", per_device_eval_batch_size=size)
     assert run.evaluations is not None
     sizes: list[int] = []
-    model = build()
+    model = build().to(torch.bfloat16)  # in fp32 each clip is computed alone
+    model.dtype = torch.bfloat16
     model.register_forward_pre_hook(lambda _m, _a, kwargs: sizes.append(len(kwargs["heads_B"])), with_kwargs=True)
     (tmp_path / "out").mkdir()
     run.evaluations.run(model, 1)
@@ -863,7 +865,13 @@ def runs(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     changes: dict[str, dict[str, Any]] = {
         "dry": {"do_train": False},
-        "told": {"report_to": "wandb", "dataloader_num_workers": 3, "save_only_model": True, "plot_loss": False},
+        "told": {
+            "report_to": "wandb",
+            "dataloader_num_workers": 3,
+            "save_only_model": True,
+            "plot_loss": False,
+            "html_report": False,
+        },
         "over": {"overwrite_output_dir": True, "report_to": "none", "plot_loss": True, "self_check": True},
     }
     for name in ("checkpoint-9/model", "best/model"):
@@ -896,11 +904,13 @@ def test_do_train_false_writes_nothing(runs: Path) -> None:
 
 @pytest.mark.launch
 def test_plot_loss_and_report_to(runs: Path) -> None:
-    """plot_loss writes a picture; report_to none nothing more, wandb tells wandb."""
+    """plot_loss writes a picture, html_report a page; report_to none nothing more, wandb tells wandb."""
     assert Image.open(runs / "over" / "training_loss.png").size[0] > 100
     for name in ("told", "over"):
         assert not (runs / name / "tensorboard").exists()
-    assert not (runs / "told" / "training_loss.png").exists()
+    for name in ("training_loss.png", "report.html"):
+        assert not (runs / "told" / name).exists()
+    assert "finished at step 2 of 2" in (runs / "over" / "report.html").read_text()
     told = json.loads((runs / "told" / "told.json").read_text())
     assert [step for step, _ in told["rows"]] == [1, 2]
     rows = [json.loads(line) for line in (runs / "told" / "train_log.jsonl").read_text().splitlines()]

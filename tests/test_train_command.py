@@ -50,6 +50,7 @@ def test_the_output_folder_has_what_is_promised(finished_run: Path) -> None:
         "config.yaml",
         "train_log.jsonl",
         "training_loss.png",
+        "report.html",
         "tensorboard",
         "outcome.json",
         "run.lock",

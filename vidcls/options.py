@@ -231,7 +231,7 @@ class EvalOptions(Section):
     eval_steps: int | None = Field(
         None, ge=1, description="optimizer steps between evaluations (default: logging_steps)"
     )
-    per_device_eval_batch_size: int = Field(8, ge=1, description="clips per forward and rank in evaluation")
+    per_device_eval_batch_size: int = Field(8, ge=1, description="clips per forward and rank in evaluation (fp32: one)")
     load_best_model_at_end: bool = Field(False, description="keep the best evaluated checkpoint and end with it: best/")
     metric_for_best_model: str = Field(
         "top1", description="top1, top5, mean_class_accuracy or loss; mean over data sets"
@@ -257,6 +257,9 @@ class RunOptions(Section):
     save_every_minutes: float | None = Field(None, gt=0, description="minutes between checkpoints, besides save_steps")
     logging_steps: int = Field(10, ge=1, description="optimizer steps between log lines")
     plot_loss: bool = Field(True, description="write training_loss.png")
+    html_report: bool = Field(
+        True, description="keep report.html up to date: curves, evaluations, recipe; for a browser"
+    )
     report_to: Literal["none", "tensorboard", "wandb"] = Field("tensorboard", description="extra log writers")
     seed: int = Field(42, ge=0, description="order, initial weights, augmentation and dropout follow from it")
     ddp_timeout: int = Field(600, ge=1, description="seconds until a collective that hangs is an error")

@@ -3,14 +3,13 @@ import html.parser
 import io
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.browser import dom, find_chromium
 from tests.support.clips import mpeg4_avi, truncated, video
 from vidcls.data.index import ShardIndex
 from vidcls.data.labels import LabelSpace
@@ -140,32 +139,7 @@ def test_failure_leaves_no_file(hostile: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    """Without a browser these tests are skipped. .ci/run installs one where it can."""
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium or google-chrome in the PATH (Debian: apt-get install chromium)")
-    return found
-
-
-def dom(chromium: str, page: Path, profile: Path, fragment: str = "", width: int = 1280) -> str:
-    """The page's elements after its program has run, which must not have complained; without JSON blocks."""
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=2000")
-    done = subprocess.run(
-        [
-            chromium,
-            *options,
-            f"--window-size={width},600",
-            f"--user-data-dir={profile}",
-            "--dump-dom",
-            page.as_uri() + fragment,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
-    return re.sub(r"<(script|style)\b.*?</\1>", "", done.stdout, flags=re.S)
+    return find_chromium()
 
 
 def captions(text: str) -> list[str]:

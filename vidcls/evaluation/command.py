@@ -16,6 +16,7 @@ from vidcls.data.order import evaluation_chunks
 from vidcls.evaluation.evaluate import Evaluated, evaluate
 from vidcls.evaluation.heads import frame_choice, head_for_labels, read_heads
 from vidcls.evaluation.metrics import compute_details
+from vidcls.evaluation.mistakes import write_mistakes
 from vidcls.evaluation.results import write_results
 from vidcls.model.pretrained import load_model
 from vidcls.progress import progress_bar
@@ -35,8 +36,8 @@ def evaluate_checkpoint(
     base: str | None = None,
     trust_remote_code: bool = False,
     views: Views | None = None,
-) -> Evaluated:
-    """Evaluate and write the results; all ranks must call it, the main rank writes and prints.
+) -> tuple[Evaluated, Path]:
+    """Evaluate and write the results; all ranks must call it, the main rank writes and prints. Also the folder.
 
     Args:
         data: folder of shards, or (as text) its http(s):// or s3:// URL, whose shards go through $VIDCLS_CACHE.
@@ -85,6 +86,8 @@ def evaluate_checkpoint(
             scores_NC = np.stack([each.scores for each in found.predictions])
             labels_N = np.array([each.label for each in found.predictions])
             details = compute_details(scores_NC, labels_N, chosen.labels.names)
+            out.mkdir(parents=True, exist_ok=True)
+            write_mistakes(out, found.predictions, index)
             write_results(out, found, details, chosen.labels, views)
             metrics, (low, high) = found.metrics, details.top1_interval
             print(
@@ -96,4 +99,4 @@ def evaluate_checkpoint(
             )
             for key, why in list(found.missing.items())[:MISSING_SHOWN]:
                 print(f"missing: {key}: {why}", file=sys.stderr)
-    return found
+    return found, out

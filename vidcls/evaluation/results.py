@@ -24,8 +24,7 @@ DIGITS = 6
 
 
 def write_results(folder: Path, found: Evaluated, details: Details, labels: LabelSpace, views: Views) -> None:
-    """Write the files; the metrics last, so that their presence means that all are whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the files into `folder`; the metrics last, so that their presence means that all are whole."""
     (folder / METRICS_NAME).unlink(missing_ok=True)
     _replace(folder / PREDICTIONS_NAME, _lines(_predictions(found, labels)))
     columns = ("class", "clips", "precision", "recall", "f1")

@@ -13,6 +13,7 @@ from vidcls.faults import guard
 from vidcls.faults.lock import lock_output
 from vidcls.model.classifier import ActionClassifier
 from vidcls.model.tuning import format_table, trained_table
+from vidcls.report.write import REPORT_NAME, Reporter
 from vidcls.training.best import BEST_NAME, LEFT_BEHIND
 from vidcls.training.data_sets import describe
 from vidcls.training.evaluating import EVALUATIONS_NAME
@@ -81,6 +82,8 @@ def finish_output(run: Run, outcome: Outcome) -> None:
             plot_loss(run.output_dir)
         except Exception as error:  # the run is done, with or without its picture
             print(f"vidcls: no picture of the loss: {type(error).__name__}: {error}", flush=True)
+    if distributed.is_main() and run.config.run.html_report:
+        Reporter(run.output_dir).refresh(now=True)
 
 
 def _open_log(run: Run) -> RunLog:
@@ -99,13 +102,24 @@ def _open_log(run: Run) -> RunLog:
         total_steps=run.steps,
         report_to=run.config.run.report_to,
         config=run.config.flat(),
+        html_report=run.config.run.html_report,
     )
 
 
 def _remove_outputs(folder: Path) -> None:
     """Delete what an earlier run wrote, and nothing else that a user keeps in the folder."""
-    names = (CONFIG_NAME, LOG_NAME, PLOT_NAME, BOARD_NAME, WANDB_NAME, "wandb", EVALUATIONS_NAME, BEST_NAME, ORDER_NAME)
-    for pattern in (*names, *LEFT_BEHIND, "checkpoint-*", "checkpoint.tmp-*"):
+    logs = (
+        CONFIG_NAME,
+        LOG_NAME,
+        PLOT_NAME,
+        REPORT_NAME,
+        BOARD_NAME,
+        WANDB_NAME,
+        "wandb",
+        EVALUATIONS_NAME,
+        ORDER_NAME,
+    )
+    for pattern in (*logs, BEST_NAME, *LEFT_BEHIND, "checkpoint-*", "checkpoint.tmp-*"):
         for path in folder.glob(pattern):
             if path.is_dir():
                 shutil.rmtree(path)

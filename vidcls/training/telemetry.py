@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vidcls.data.reading import BatchReader
+from vidcls.report.write import Reporter
 
 LOG_NAME = "train_log.jsonl"
 PLOT_NAME = "training_loss.png"
@@ -56,10 +57,18 @@ class RunLog:
 
     Args:
         first_step: rows of steps after this one (of a run that went further before it was resumed here) are dropped.
+        html_report: keep report.html up to date.
     """
 
     def __init__(
-        self, output_dir: Path, *, first_step: int, total_steps: int, report_to: str, config: dict[str, Any]
+        self,
+        output_dir: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        report_to: str,
+        config: dict[str, Any],
+        html_report: bool = False,
     ) -> None:
         self.path = output_dir / LOG_NAME
         kept = [row for row in read_log(self.path) if row["step"] <= first_step]
@@ -70,6 +79,7 @@ class RunLog:
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _summary_writer(output_dir / BOARD_NAME, first_step) if report_to == "tensorboard" else None
         self._wandb = _wandb_run(output_dir, config, first_step) if report_to == "wandb" else None
+        self._reporter = Reporter(output_dir) if html_report else None
         self._progress = _progress_bar(first_step, total_steps)
         self._total = total_steps
 
@@ -90,6 +100,8 @@ class RunLog:
         if self._wandb is not None:
             values = {_tag(key): value for key, value in row.items() if key != "step"}
             self._wandb.log(values, step=row["step"])
+        if self._reporter is not None:
+            self._reporter.refresh()
 
     def message(self, text: str) -> None:
         if self._progress is not None:

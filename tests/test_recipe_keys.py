@@ -134,6 +134,8 @@ TESTED: dict[str, str] = {
     "eval_steps": f"{EVALUATING}::test_the_schedule_of_a_recipe",
     "per_device_eval_batch_size": f"{HERE}::test_per_device_eval_batch_size",
     "load_best_model_at_end": f"{EVALUATING}::test_the_best_is_kept_and_has_the_numbers_that_were_found",
+    "early_stopping_patience": f"{EVALUATING}::test_early_stopping_patience",
+    "views": f"{EVALUATING}::test_views",
     "metric_for_best_model": f"{EVALUATING}::test_the_best_is_kept_and_has_the_numbers_that_were_found",
     "stage": f"{HERE}::test_stage",
     "do_train": f"{HERE}::test_do_train_false_writes_nothing",

@@ -317,6 +317,11 @@ def _check_evaluation(config: Config) -> str | None:
         return f"eval_steps: {options.eval_steps} has no effect with eval_strategy {options.eval_strategy!r}; use steps"
     if options.load_best_model_at_end and not wanted:
         return "load_best_model_at_end: true needs eval_strategy steps or epoch: nothing is evaluated to choose by"
+    for key, value in (("early_stopping_patience", options.early_stopping_patience), ("views", options.views)):
+        if value and not wanted:
+            return f"{key}: {value} needs eval_strategy steps or epoch: nothing is evaluated"
+    if options.views.keys() - {"segments", "crops"}:
+        return f"views: {options.views} is not legal: keys are segments and crops"
     if metric_name(options) not in METRICS:
         return f"metric_for_best_model: {options.metric_for_best_model!r} is not legal: {' | '.join(METRICS)}"
     return None

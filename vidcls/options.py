@@ -236,6 +236,12 @@ class EvalOptions(Section):
     metric_for_best_model: str = Field(
         "top1", description="top1, top5, mean_class_accuracy or loss; mean over data sets"
     )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="evaluations in a row without a better metric_for_best_model, after which training ends"
+    )
+    views: dict[str, int] = Field(
+        default_factory=dict, description="of each clip, averaged: {segments: K, crops: 1 or 3} (default: 1 and 1)"
+    )
 
 
 class RunOptions(Section):

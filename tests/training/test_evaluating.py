@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import nll_loss
 
 from tests.support import launch
 from tests.support.checkpoints import tiny_spec
 from vidcls.config import Config, ConfigError, config_from_values
 from vidcls.data.batch import ClipEncoder
+from vidcls.data.frames import Views
 from vidcls.data.index import ShardIndex
 from vidcls.data.labels import LabelSpaceError
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request
@@ -208,6 +209,44 @@ def test_the_best_counts_only_on_the_same_clips_and_with_its_checkpoint(
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_early_stopping_patience(small_shards: Path, tmp_path: Path, encoder: ClipEncoder) -> None:
+    """So many evaluations since the best; a resumed run counts those before it, on the same clips."""
+    values = {"dataset": str(small_shards), "eval_dataset": str(small_shards), "early_stopping_patience": 2}
+
+    def exhausted(step: int, *top1: float, seen: int = 26) -> bool:
+        found = [metrics(each, seen=seen) for each in top1]
+        history(tmp_path, *(Evaluation(2 * place + 2, {"default": m}) for place, m in enumerate(found)))
+        run = evaluations(config(tmp_path, **values), encoder)
+        run.start(step)
+        return run.exhausted()
+
+    assert not exhausted(0)
+    assert not exhausted(8, 0.5, 0.4, 0.6, 0.6)
+    assert exhausted(10, 0.5, 0.4, 0.6, 0.6, 0.5)  # an equal one is no better
+    assert not exhausted(8, 0.5, 0.4, 0.6, 0.6, 0.5)  # the last one never was
+    assert not exhausted(10, 0.5, 0.4, 0.3, 0.2, 0.1, seen=20)
+    values["early_stopping_patience"] = None
+    assert not exhausted(10, 0.5, 0.4, 0.3, 0.2, 0.1)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_views(small_shards: Path, tmp_path: Path, encoder: ClipEncoder) -> None:
+    """views: of every clip, in evaluation only."""
+    values = {"dataset": str(small_shards), "eval_dataset": str(small_shards)}
+    run = evaluations(config(tmp_path, **values, views={"crops": 3}), encoder)
+    assert run.batches["default"].views == Views(1, 3)
+    assert evaluations(config(tmp_path, **values), encoder).batches["default"].views == Views()
+    with pytest.raises(ConfigError, match=r"views: crops: 2; legal: 1, 3"):
+        evaluations(config(tmp_path, **values, views={"crops": 2}), encoder)
+    with pytest.raises(ConfigError, match=r"views: segments 2 would be one and the same: clips have at most 4 frames"):
+        evaluations(config(tmp_path, **values, views={"segments": 2}), encoder)
+    with pytest.raises(ConfigError, match=r"views: \{'angles': 2\} is not legal: keys are segments and crops"):
+        config(tmp_path, **values, views={"angles": 2})
+    with pytest.raises(ConfigError, match="early_stopping_patience: 3 needs eval_strategy"):
+        config(tmp_path, dataset=str(small_shards), eval_strategy="no", eval_steps=None, early_stopping_patience=3)
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_a_new_run_has_no_best_and_a_cut_row_is_none(small_shards: Path, tmp_path: Path, encoder: ClipEncoder) -> None:
     made = config(tmp_path, dataset=str(small_shards), eval_dataset=str(small_shards))
     run = evaluations(made, encoder)
@@ -306,15 +345,17 @@ def write_recipe(folder: Path, name: str, *, stage: int, threshold: int = 0, **v
 
 
 def best_recipe(folder: Path, shards: Path, up_down: Path, **values: Any) -> Path:
-    """Two heads, averaged weights, and a learning rate that ruins the model soon: the first evaluation is the best."""
+    """Two heads, averaged weights, and a learning rate that ruins the model soon: the first evaluation is the best, and
+    the second the last, though three steps are left."""
     entries = [
         {"name": "all", "dataset": str(shards), "eval_dataset": str(shards)},
         {"name": "some", "dataset": str(up_down), "eval_dataset": str(up_down)},
     ]
     ruin = {"learning_rate": 0.5, "warmup_ratio": 0.9, "lr_scheduler_type": "linear", "bf16": False}
     evaluation = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss"}
+    evaluation |= {"early_stopping_patience": 1, "views": {"crops": 3}}
     kept = {"load_best_model_at_end": True, "save_total_limit": 1, "save_steps": 2, "self_check": False}
-    more = {**ruin, **evaluation, **kept, "max_steps": 6, "ema_decay": 0.5, **values}
+    more = {**ruin, **evaluation, **kept, "max_steps": 9, "ema_decay": 0.5, **values}
     return write_recipe(folder, "best", stage=3, threshold=300, datasets=entries, **more)
 
 
@@ -359,6 +400,9 @@ def test_the_best_is_kept_and_has_the_numbers_that_were_found(runs: Path, small_
     means = [sum(each["loss"] for each in row["metrics"].values()) / 2 for row in found]
     assert means.index(min(means)) == 0, means
     assert {path.name for path in run.glob("checkpoint*")} == {"checkpoint-3", "checkpoint-6"}
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["step"], outcome["steps"]) == ("finished", 6, 9)
+    assert outcome["early_stopping"]
     verify(run / "best")
     about = json.loads((run / "best" / "best.json").read_text())
     assert about == {"metric": "loss", **found[0]}
@@ -368,12 +412,17 @@ def test_the_best_is_kept_and_has_the_numbers_that_were_found(runs: Path, small_
         index = ShardIndex.open(place)
         clips = ClipBatches([ClipSource(index, spec.prompts[name], number)], encoder, frame_choice(spec))
         with torch.no_grad():
-            logits_NC = torch.cat([model(**clips[Request((i,))].model_inputs()) for i in range(len(index))])
-        own_NC, labels_N = logits_NC[:, : len(index.labels)], torch.from_numpy(index.label).long()
+            views_3NC = torch.stack(
+                [
+                    torch.cat([model(**clips[Request((i,), crop=crop)].model_inputs()) for i in range(len(index))])
+                    for crop in range(3)
+                ]
+            )[:, :, : len(index.labels)]
+        scores_NC, labels_N = views_3NC.double().softmax(-1).mean(0), torch.from_numpy(index.label).long()
         expected = found[0]["metrics"][name]
         assert expected["seen"] == len(index)
-        assert cross_entropy(own_NC, labels_N).item() == pytest.approx(expected["loss"], abs=1e-4)
-        assert (own_NC.argmax(1) == labels_N).double().mean().item() == pytest.approx(expected["top1"])
+        assert nll_loss(scores_NC.log(), labels_N).item() == pytest.approx(expected["loss"], abs=1e-4)
+        assert (scores_NC.argmax(1) == labels_N).double().mean().item() == pytest.approx(expected["top1"])
 
 
 @pytest.mark.launch
@@ -388,6 +437,7 @@ def test_a_resumed_run_goes_on_with_the_best_of_before(
     recipe = best_recipe(tmp_path, small_shards, up_down, resume_from_checkpoint="latest")
     done = launch.deepspeed(2, "launch/train.py", recipe, log=tmp_path / "log")
     assert done.code == 0, done.output[-4000:]
+    assert "no better for 1 evaluations: stopped early" in done.output
     assert (tmp_path / "best" / "evaluations.jsonl").read_text() == whole
     assert {path.name for path in (tmp_path / "best").glob("checkpoint*")} == {"checkpoint-3", "checkpoint-6"}
     listed = [json.loads((top / "best" / "best" / "MANIFEST.json").read_text())["files"] for top in (runs, tmp_path)]

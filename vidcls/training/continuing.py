@@ -34,9 +34,9 @@ flash_attn enable_liger_kernel gradient_checkpointing torch_compile deepspeed
 per_device_train_batch_size gradient_accumulation_steps train_batch_size
 on_bad_sample max_bad_samples preprocessing_num_workers dataloader_num_workers
 eval_strategy eval_steps per_device_eval_batch_size load_best_model_at_end metric_for_best_model
-do_train overwrite_output_dir resume_from_checkpoint resume_with_changes
+early_stopping_patience views do_train overwrite_output_dir resume_from_checkpoint resume_with_changes
 save_steps save_total_limit save_only_model save_deepspeed_state save_every_minutes
-logging_steps plot_loss report_to log_order self_check
+logging_steps plot_loss html_report report_to log_order self_check
 ddp_timeout start_timeout data_timeout step_timeout save_timeout stop_timeout max_nonfinite_steps
 """
 DECISIVE, FREE = frozenset(_DECISIVE.split()), frozenset(_FREE.split())

@@ -16,6 +16,7 @@ from torch import nn
 from vidcls import distributed
 from vidcls.config import Config, ConfigError, metric_name
 from vidcls.data.batch import ClipEncoder
+from vidcls.data.frames import Views
 from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice
 from vidcls.evaluation.evaluate import evaluate
@@ -138,14 +139,21 @@ class Evaluations:
     def __init__(
         self, config: Config, clips: Sequence[EvalClips], encoder: ClipEncoder, frames: FrameChoice, schedule: Schedule
     ) -> None:
-        """Reads and writes nothing. `clips` are those of open_eval_clips."""
+        """Reads and writes nothing. `clips` are those of open_eval_clips.
+
+        Raises:
+            ConfigError: the views are not legal, or would all be one.
+        """
         assert clips, "nothing to evaluate on"
-        self.batches = {each.name: ClipBatches([each.source], encoder, frames) for each in clips}
+        views = _views(config, clips, frames)
+        self.batches = {each.name: ClipBatches([each.source], encoder, frames, views=views) for each in clips}
         self.ids = {each.name: each.ids for each in clips}
         self.schedule = schedule
         self.metric = metric_name(config.eval)
         self.keeps_best = config.eval.load_best_model_at_end
         self.best: Evaluation | None = None
+        self._patience = config.eval.early_stopping_patience
+        self._rows: list[Evaluation] = []  # of this run up to now, on the same clips
         self._micro = config.eval.per_device_eval_batch_size
         self._workers = config.data.dataloader_num_workers
         self._seconds = config.run.data_timeout
@@ -164,7 +172,7 @@ class Evaluations:
         Raises:
             CheckpointError: evaluations.jsonl holds something else.
         """
-        best = None
+        best, rows = None, list[Evaluation]()
         with distributed.all_or_none(f"reading {self._path}"):
             if distributed.is_main():
                 rows = [row for row in self._read() if row.step <= step]
@@ -173,7 +181,8 @@ class Evaluations:
                 temporary.replace(self._path)
                 for row in filter(self._can_be_best, rows):
                     best = row if best is None or self._is_better(row, best) else best
-        self.best = distributed.gather_objects(best)[0]
+                rows = [row for row in rows if row.clips() == self._clip_counts()]
+        self.best, self._rows = distributed.gather_objects((best, rows))[0]
 
     def due(self, done: int) -> bool:
         """Whether to `run` after `done` optimizer steps. Do so before a checkpoint of the same step is saved."""
@@ -206,9 +215,20 @@ class Evaluations:
             if distributed.is_main():
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(_line(now))
+        self._rows.append(now)
         if self.best is None or self._is_better(now, self.best):
             self.best = now
         return now.log_row(self.metric)
+
+    def exhausted(self) -> bool:
+        """Whether early_stopping_patience is: so many evaluations since the best one were no better."""
+        if self._patience is None or not self._rows:
+            return False
+        best = 0
+        for place, row in enumerate(self._rows):
+            if self._is_better(row, self._rows[best]):
+                best = place
+        return len(self._rows) - 1 - best >= self._patience
 
     def must_save(self, done: int) -> bool:
         """Whether the evaluation after `done` steps is the best so far, and its checkpoint must be kept."""
@@ -238,18 +258,35 @@ class Evaluations:
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{self._path} is damaged, or of another version: {error!r}") from None
 
-    def _can_be_best(self, row: Evaluation) -> bool:
-        sizes = {
+    def _clip_counts(self) -> dict[str, int]:
+        return {
             name: len(clips.sources[0].index) if (ids := self.ids[name]) is None else len(ids)
             for name, clips in self.batches.items()
         }
+
+    def _can_be_best(self, row: Evaluation) -> bool:
         there = (_checkpoint(self._folder, row.step) / MANIFEST_NAME).is_file()
-        return row.clips() == sizes and (there or not self.keeps_best)
+        return row.clips() == self._clip_counts() and (there or not self.keeps_best)
 
     def _is_better(self, one: Evaluation, other: Evaluation) -> bool:
         """Of equals the earlier one stays."""
         difference = one.value(self.metric) - other.value(self.metric)
         return difference < 0 if self.metric in LOWER_IS_BETTER else difference > 0
+
+
+def _views(config: Config, clips: Sequence[EvalClips], frames: FrameChoice) -> Views:
+    asked: dict[str, Any] = config.eval.views
+    try:
+        views = Views(**asked)
+    except ValueError as error:
+        raise ConfigError(f"views: {error}") from None
+    most = max(int(each.source.index.frames.max()) for each in clips)
+    if views.segments > 1 and most <= frames.most:
+        raise ConfigError(
+            f"views: segments {views.segments} would be one and the same: clips have at most {most} frames, the model "
+            f"takes {frames.most}; make shards of more frames"
+        )
+    return views
 
 
 @contextlib.contextmanager

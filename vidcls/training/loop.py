@@ -62,9 +62,10 @@ def train(run: Run) -> Outcome:
     agreement, timer = Agreement(), SaveTimer(config.run.save_every_minutes)
     last: Path | None = None
     done = first
+    early = evaluations is not None and evaluations.exhausted()  # stopped so, and killed before it had said so
     try:
         with guard.stoppable():
-            for step in range(first, run.steps):
+            for step in range(first, first if early else run.steps):
                 rate = learning_rate(step, run.steps, config.optim)
                 result = train_step(
                     engine,
@@ -105,9 +106,10 @@ def train(run: Run) -> Outcome:
                         row = evaluations.run(engine.module, done, average)
                     if log:
                         log.scalars(row)
+                    early = evaluations.exhausted()
                 is_best = evaluations is not None and evaluations.must_save(done)
-                by_clock = decision.save or decision.stop
-                if done % config.run.save_steps == 0 or done == run.steps or is_best or by_clock:
+                asked = decision.save or decision.stop or early
+                if done % config.run.save_steps == 0 or done == run.steps or is_best or asked:
                     window.check_finite(done)
                     if bad:
                         bad.collect()
@@ -120,21 +122,24 @@ def train(run: Run) -> Outcome:
                                 _say(log, check.after_first_save(last))
                     timer.restart()
                     _say(log, f"saved {last}")
-                if decision.stop and done < run.steps:
+                if early:
+                    _say(log, f"no better for {config.eval.early_stopping_patience} evaluations: stopped early")
+                if early or (decision.stop and done < run.steps):
                     break
             agreement.finish()
         batches.close()
         guard.phase("finish", done)
         if check:
             _say(log, check.at_end())
-        if done == run.steps and evaluations and (best := evaluations.finish()):
+        early = early and done < run.steps
+        if (early or done == run.steps) and evaluations and (best := evaluations.finish()):
             _say(log, f"best checkpoint: {best}")
     finally:
         if log:
             log.close()
         if order:
             order.close()
-    outcome = Outcome(done, run.steps, last)
+    outcome = Outcome(done, run.steps, last, early)
     finish_output(run, outcome)
     return outcome
 

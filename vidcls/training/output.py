@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vidcls import distributed
 from vidcls.faults import guard
@@ -28,15 +29,19 @@ OUTCOME_NAME = "outcome.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended well. step: optimizer steps done, of `steps`; checkpoint: the last one that was saved."""
+    """How training ended well. step: optimizer steps done, of `steps`; checkpoint: the last one that was saved.
+
+    early: evaluations had got no better for long enough.
+    """
 
     step: int
     steps: int
     checkpoint: Path | None = None
+    early: bool = False
 
     @property
     def finished(self) -> bool:
-        return self.step == self.steps
+        return self.step == self.steps or self.early
 
 
 def open_log(run: Run, model: ActionClassifier) -> RunLog | None:
@@ -70,7 +75,8 @@ def finish_output(run: Run, outcome: Outcome) -> None:
     with distributed.all_or_none(f"writing {run.output_dir / OUTCOME_NAME}"):
         if distributed.is_main():
             word = "finished" if outcome.finished else "stopped"
-            content = {"outcome": word, "step": outcome.step, "steps": outcome.steps}
+            content: dict[str, Any] = {"outcome": word, "step": outcome.step, "steps": outcome.steps}
+            content |= {"early_stopping": True} if outcome.early else {}
             content |= {"launch": guard.launch(), "time": time.time()}
             path = run.output_dir / OUTCOME_NAME
             temporary = path.with_suffix(".tmp")

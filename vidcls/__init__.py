@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vidcls.predict import Predictor
+    from vidcls.predict.predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,6 @@ def load(
     Raises:
         ValueError: a file is missing or damaged, belongs to another base model, or no one head is meant; names it.
     """
-    from vidcls.predict import Predictor  # torch and transformers take seconds
+    from vidcls.predict.predictor import Predictor  # torch and transformers take seconds
 
     return Predictor.load(checkpoint, head=head, base=base, trust_remote_code=trust_remote_code)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import vidcls
-from tests.support import launch
 from tests.support.checkpoints import make_checkpoint
-from tests.support.real import ucf101_shards
+from tests.support.usable import card_code, difference, own
 from tools.make_random_checkpoint import write_checkpoint
 from vidcls.data.settings import DecodeSettings
 from vidcls.export.folder import export_checkpoint
@@ -29,42 +24,6 @@ from vidcls.manifest import CheckpointError
 from vidcls.model.pretrained import load_model
 from vidcls.model.tuning import TuningSettings
 from vidcls.options import DEFAULT_PROMPT
-
-# Runs a card's code on videos where neither vidcls nor deepspeed can be imported; prints the log-probabilities.
-STRANGER = """
-import json, re, sys
-sys.modules["vidcls"] = sys.modules["deepspeed"] = None
-code = re.findall(r"```python\\n(.*?)```", open(sys.argv[1] + "/README.md").read(), re.S)[1]
-for video in sys.argv[2:]:
-    names = {}
-    exec(code.replace('"clip.mp4"', repr(video)), names)
-    print("FOUND", json.dumps(names["logits"].double().log_softmax(-1)[0].tolist()))
-"""
-
-
-def own(model: Path, videos: list[Path], **options: Any) -> list[list[float]]:
-    """Log-probabilities, class by class, of vidcls.load."""
-    predictor = vidcls.load(model, **options)
-    found = []
-    for video in videos:
-        scores = dict(predictor.predict(video))
-        found.append([math.log(scores[name]) for name in predictor.head.labels.names])
-    return found
-
-
-def strangers(export: Path, videos: list[Path]) -> list[list[float]]:
-    words = [sys.executable, "-c", STRANGER, export.name, *map(str, videos)]
-    done = subprocess.run(words, cwd=export.parent, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-
-
-def card_code(export: Path) -> str:
-    return re.findall(r"```python\n(.*?)```", (export / "README.md").read_text(), re.DOTALL)[1]
-
-
-def difference(one: list[list[float]], other: list[list[float]]) -> float:
-    return (torch.tensor(one) - torch.tensor(other)).abs().max().item()
 
 
 @pytest.fixture(scope="module")
@@ -75,48 +34,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def videos(small_shards: Path) -> list[Path]:
     return sorted((small_shards.parent / "videos").rglob("*.mp4"))[::9]
-
-
-@pytest.mark.launch
-def test_trained_exported_and_loaded_in_every_way(real_data: Path, base: Path, tmp_path: Path) -> None:
-    """On 20 real clips of all containers at hand, a rotated one too."""
-    recipe = {
-        "model_name_or_path": str(base),
-        "dataset": str(ucf101_shards(real_data, tmp_path)["train"]),
-        "num_action_classes": 6,
-        "action_decoder_type": "mlp",
-        "per_device_train_batch_size": 6,
-        "max_steps": 30,
-        "learning_rate": 3e-3,
-        "bf16": False,
-        "report_to": "none",
-        "output_dir": str(tmp_path / "run"),
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = launch.run([launch.PYTHON, "launch/train.py", tmp_path / "recipe.yaml"], log=tmp_path / "train.log")
-    assert done.code == 0, done.output[-3000:]
-    checkpoint = tmp_path / "run" / "checkpoint-30"
-    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
-    for out, more in ((adapter, []), (merged, ["--merge"])):
-        words = [launch.PYTHON, "launch/export.py", checkpoint, "--out", out, *more]
-        done = launch.run(words, log=tmp_path / "export.log")
-        assert done.code == 0, done.output[-3000:]
-        assert f"{out}: " in done.output
-        assert "default: 6 classes" in done.output
-
-    clips = sorted((real_data / "ucf101" / "videos").glob("*/*_g0[12]_*.avi"))[:12]
-    clips += sorted((real_data / "ssv2" / "videos").iterdir())[:4]
-    clips += [path for path in sorted((real_data / "clips").glob("*.m*")) if "corrupted" not in path.name]
-    clips += [real_data / "clips" / "RATRACE_wave_f_nm_np1_fr_goo_37.avi"]
-    assert len(clips) == 20
-    expected = own(checkpoint, clips)
-    # Clips that all get the same scores would show nothing.
-    assert torch.tensor(expected).std(dim=0).min() > 0.1
-    assert difference(own(adapter, clips), expected) == 0
-    assert difference(own(merged, clips), expected) < 1e-5
-    # 1e-6 where vidcls decodes with PyAV, as the card does; decord's colours may differ by one in 255.
-    assert difference(strangers(adapter, clips), expected) < 5e-4
-    assert difference(strangers(merged, clips), expected) < 5e-4
 
 
 SETTINGS = {

@@ -128,6 +128,20 @@ def decode_clip(
         raise DecodeError(name, f"{distrust}; {reason}" if distrust else reason) from error
 
 
+def video_seconds(path: str | os.PathLike[str]) -> float:
+    """How long the frames of a video are shown. Raises DecodeError where its packets do not say."""
+    name = os.fspath(path)
+    try:
+        video = _probe(name)
+    except _Refused as error:
+        raise DecodeError(name, str(error)) from error
+    except Exception as error:
+        raise DecodeError(name, f"PyAV: {_first_line(error)}") from error
+    if not video.times:
+        raise DecodeError(name, "its frames have no times")
+    return video.times[-1] + _interval(video.times, video.rate)
+
+
 @dataclass(frozen=True)
 class _Span:
     """The part of a video that is wanted, in seconds since its first frame."""

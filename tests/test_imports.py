@@ -30,6 +30,7 @@ ROWS = (
     ("vidcls.report",),
     ("vidcls.training",),
     ("vidcls.export", "vidcls.predict"),
+    ("vidcls.serve",),
     ("launch", "tools"),
     ("benchmarks",),
 )

@@ -15,7 +15,7 @@ from PIL import Image
 import vidcls
 from tests.support import launch
 from tests.support.real import ucf101_shards
-from tests.support.usable import difference, own, strangers
+from tests.support.usable import difference, own, served, strangers
 from tools.make_motion_clips import write_video
 from tools.make_random_checkpoint import write_checkpoint
 
@@ -63,6 +63,7 @@ def test_exported_and_loaded_in_every_way(real_data: Path, checkpoint: Path, tmp
     # Clips that all get the same scores would show nothing.
     assert torch.tensor(expected).std(dim=0).min() > 0.1
     assert difference(own(adapter, clips), expected) == 0
+    assert difference(served(adapter, clips), expected) < 1e-3  # scores are rounded to six digits
     assert difference(own(merged, clips), expected) < 1e-5
     # 1e-6 where vidcls decodes with PyAV, as the card does; decord's colours may differ by one in 255.
     assert difference(strangers(adapter, clips), expected) < 5e-4

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastapi.testclient import TestClient
 
 import vidcls
+from vidcls.serve.app import create_app
 
 # Runs a card's code on videos where neither vidcls nor deepspeed can be imported; prints the log-probabilities.
 STRANGER = """
@@ -33,6 +35,19 @@ def own(model: Path, videos: list[Path], **options: Any) -> list[list[float]]:
     for video in videos:
         scores = dict(predictor.predict(video))
         found.append([math.log(scores[name]) for name in predictor.head.labels.names])
+    return found
+
+
+def served(model: Path, videos: list[Path]) -> list[list[float]]:
+    """Log-probabilities by the HTTP service."""
+    predictor = vidcls.load(model)
+    found = []
+    with TestClient(create_app(predictor)) as client:
+        for video in videos:
+            answer = client.post("/predict", files={"video": video.read_bytes()}, params={"top": 1000})
+            assert answer.status_code == 200, f"{video}: {answer.text}"
+            scores = {each["class"]: each["score"] for each in answer.json()["top"]}
+            found.append([math.log(scores[name]) for name in predictor.head.labels.names])
     return found
 
 

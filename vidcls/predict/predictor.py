@@ -133,7 +133,7 @@ class Predictor:
         clips = iter(zip(jobs, decode_all(jobs, workers), strict=True))
         while part := list(islice(clips, batch_size)):
             scores: Iterator[np.ndarray] = iter(
-                self._scores([self._prepare(job, clip) for job, clip in part if isinstance(clip, Clip)])
+                self.scores([self.prepare(job, clip) for job, clip in part if isinstance(clip, Clip)])
             )
             for job, clip in part:
                 if isinstance(clip, Unreadable):
@@ -141,7 +141,8 @@ class Predictor:
                 else:
                     yield Prediction(job.video, next(scores), self.head.labels.names, job.start, job.end)
 
-    def _prepare(self, job: Job, clip: Clip) -> PreparedClip:
+    def prepare(self, job: Job, clip: Clip) -> PreparedClip:
+        """A decoded video as the model takes it; on the host."""
         settings = self.head.settings
         chosen = self.frame_choice.evaluation(len(clip.frames), 0, 1)
         # Through the codec as in the shards: the model never saw frames without its traces.
@@ -158,7 +159,8 @@ class Predictor:
         )
         return replace(prepared, head=self.head.number)
 
-    def _scores(self, clips: list[PreparedClip]) -> np.ndarray:
+    def scores(self, clips: list[PreparedClip]) -> np.ndarray:
+        """Class probabilities, float64 [N, C]."""
         if not clips:
             return np.empty((0, len(self.head.labels)))
         device = next(self.model.heads.parameters()).device

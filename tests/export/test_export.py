@@ -18,9 +18,11 @@ import vidcls
 from tests.support.checkpoints import make_checkpoint
 from tests.support.usable import card_code, difference, own
 from tools.make_random_checkpoint import write_checkpoint
+from vidcls.data.labels import LabelSpace, LabelSpaceError
 from vidcls.data.settings import DecodeSettings
 from vidcls.export.folder import export_checkpoint
-from vidcls.manifest import CheckpointError
+from vidcls.manifest import CheckpointError, seal
+from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import load_model
 from vidcls.model.tuning import TuningSettings
 from vidcls.options import DEFAULT_PROMPT
@@ -204,6 +206,18 @@ def test_what_cannot_be_exported_is_named_and_leaves_nothing(base: Path, small_s
     (headless / "heads" / "default" / "label_map.json").unlink()
     with pytest.raises(ValueError, match=r"label_map\.json"):
         export_checkpoint(headless, out)
+    foreign = checkpoint("foreign")
+    LabelSpace(("a", "b")).save(foreign / "heads" / "default" / "label_map.json")
+    seal(foreign)  # whole, as far as digests tell
+    with pytest.raises(LabelSpaceError, match=r"head 'default' has 4 classes, and its label map 2 \(fingerprint "):
+        export_checkpoint(foreign, out)
+    with pytest.raises(LabelSpaceError, match="one of them is of another model"):
+        vidcls.load(foreign)
+    old = checkpoint("old")
+    ActionDecoder(64, 4).save_pretrained(old / "heads" / "default")
+    seal(old)
+    with pytest.raises(ValueError, match=r"head default has hidden size 64; the backbone's is 128"):
+        export_checkpoint(old, out)
     assert not out.parent.exists() or not list(out.parent.iterdir())
     out.mkdir(parents=True)
     (out / "mine").touch()

@@ -14,7 +14,7 @@ from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, ClipSource
 from vidcls.data.order import evaluation_chunks
 from vidcls.evaluation.evaluate import Evaluated, evaluate
-from vidcls.evaluation.heads import frame_choice, head_for_labels, read_heads
+from vidcls.evaluation.heads import check_classes, frame_choice, head_for_labels, read_heads
 from vidcls.evaluation.metrics import compute_details
 from vidcls.evaluation.mistakes import write_mistakes
 from vidcls.evaluation.results import write_results
@@ -57,6 +57,7 @@ def evaluate_checkpoint(
         chosen = head_for_labels(heads, head, index.labels, f"shards {data}")
         most = int(index.frames.max())
         model, encoder, spec = load_model(checkpoint, model_name_or_path=base, trust_remote_code=trust_remote_code)
+        check_classes(heads, model.classes)
         if views.segments > 1 and most <= spec.video_maxlen:
             raise ValueError(
                 f"--segments: {views.segments} views would be one and the same: {data} holds {most} frames a clip, the "

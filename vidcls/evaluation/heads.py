@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidcls.data.labels import LabelSpace
+from vidcls.data.labels import LabelSpace, LabelSpaceError
 from vidcls.data.loader import FrameChoice
 from vidcls.data.settings import DecodeSettings
 from vidcls.model.pretrained import LABELS_NAME, PREPROCESSING_NAME, ModelSpec, head_folder, read_spec
@@ -39,6 +40,16 @@ def read_heads(checkpoint: Path) -> list[StoredHead]:
                 raise ValueError(f"{path} does not exist; {checkpoint} is not a whole checkpoint")
         heads.append(StoredHead(name, number, prompt, LabelSpace.load(labels_path), _settings(settings_path)))
     return heads
+
+
+def check_classes(heads: list[StoredHead], classes: Mapping[str, int]) -> None:
+    """Raise LabelSpaceError where a head's weights have another number of classes (`classes`) than its label map."""
+    for head in heads:
+        if classes[head.name] != len(head.labels):
+            raise LabelSpaceError(
+                f"head {head.name!r} has {classes[head.name]} classes, and its label map {len(head.labels)} "
+                f"(fingerprint {head.labels.fingerprint}): one of them is of another model"
+            )
 
 
 def choose_head(heads: list[StoredHead], wanted: str | None) -> StoredHead:

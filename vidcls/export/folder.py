@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
-from vidcls.evaluation.heads import StoredHead, read_heads
+from vidcls.evaluation.heads import StoredHead, check_classes, read_heads
 from vidcls.export.card import write_card
 from vidcls.manifest import fsync, seal, storage_errors
 from vidcls.model.classifier import ActionClassifier
@@ -80,6 +80,7 @@ def export_checkpoint(
         raise ValueError(f"--out: {out} is there already; give a folder that is not")
     heads = read_heads(checkpoint)
     model, encoder, spec = load_model(checkpoint, model_name_or_path=base, trust_remote_code=trust_remote_code)
+    check_classes(heads, model.classes)
     if not merge:
         _check_adapter_is_all(checkpoint, spec)
     kept = spec.dtype if dtype is None else DTYPES[dtype]

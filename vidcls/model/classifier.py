@@ -92,6 +92,11 @@ class ActionClassifier(nn.Module):
         backbone: Any = self.backbone
         return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
+    @property
+    def classes(self) -> dict[str, int]:
+        """How many each head has."""
+        return dict(zip(self.heads, self.num_classes, strict=True))
+
     def forward(
         self,
         frames: torch.Tensor,

@@ -15,7 +15,7 @@ from vidcls.data.batch import PreparedClip, collate, prepare_clip
 from vidcls.data.codecs import decode_frames, encode_frames
 from vidcls.data.loader import FrameChoice
 from vidcls.evaluation.evaluate import class_scores
-from vidcls.evaluation.heads import StoredHead, choose_head, frame_choice, read_heads
+from vidcls.evaluation.heads import StoredHead, check_classes, choose_head, frame_choice, read_heads
 from vidcls.model.classifier import ActionClassifier
 from vidcls.model.pretrained import load_model
 from vidcls.model.prompt import PromptEncoder
@@ -71,8 +71,10 @@ class Predictor:
             ValueError: a file is missing or damaged, or no one head is meant; names it, or the heads.
         """
         folder = Path(checkpoint)
-        chosen = choose_head(read_heads(folder), head)
+        heads = read_heads(folder)
+        chosen = choose_head(heads, head)
         model, encoder, spec = load_model(folder, model_name_or_path=base, trust_remote_code=trust_remote_code)
+        check_classes(heads, model.classes)
         return cls(model.to(distributed.device()), encoder, chosen, frame_choice(spec))
 
     def predict(self, video: str | Path) -> list[tuple[str, float]]:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import multiprocessing
 import resource
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,19 +45,19 @@ class Decoders:
 
     def __init__(self, settings: DecodeSettings, limits: ServeLimits) -> None:
         self._settings, self._limits = settings, limits
-        # forkserver: this process has threads, and perhaps a GPU.
-        context: Any = multiprocessing.get_context("forkserver")
-        self._pool = ProcessPool(
-            max_workers=limits.workers, max_tasks=TASKS_EACH, context=context, initializer=_limit_memory
-        )
+        self._pool = _new_pool(limits.workers)
 
     async def decode(self, path: str) -> Upload:
         """Raises RefusedError: it is no video, too long, or too much for a decoder."""
         limits = self._limits
         task = (path, self._settings, limits.video_seconds)
-        future = self._pool.schedule(_decode, args=task, timeout=limits.decode_seconds)
+        pool = self._pool
         try:
-            found = await asyncio.wrap_future(future)
+            found = await asyncio.wrap_future(pool.schedule(_decode, args=task, timeout=limits.decode_seconds))
+        except (BrokenProcessPool, RuntimeError):  # all its processes died at once, while they started perhaps
+            if self._pool is pool:
+                self._pool = _new_pool(limits.workers)
+            raise RefusedError(503, "restarting", "the decoders are starting again; come again") from None
         except TimeoutError:
             raise RefusedError(422, "too_slow", f"decoding took more than {limits.decode_seconds:g} s") from None
         except ProcessExpired:
@@ -70,6 +71,12 @@ class Decoders:
     def close(self) -> None:
         self._pool.stop()
         self._pool.join()
+
+
+def _new_pool(workers: int) -> ProcessPool:
+    # forkserver: this process has threads, and perhaps a GPU.
+    context: Any = multiprocessing.get_context("forkserver")
+    return ProcessPool(max_workers=workers, max_tasks=TASKS_EACH, context=context, initializer=_limit_memory)
 
 
 def _limit_memory() -> None:

@@ -27,7 +27,7 @@ launch() {
 }
 
 mkdir -p "$run"
-rm -rf "$run/videos" "$run/shards" "$run/train" "$run/evaluation"
+rm -rf "$run/videos" "$run/shards" "$run/train"
 if [ -z "$videos" ]; then
   videos=$run/videos
   say "1/5 making 400 small videos (left, right, up, down) in $videos"
@@ -50,7 +50,7 @@ launch launch/train.py launch/recipes/quickstart.yaml dataset="$run/shards/train
 checkpoint=$(ls -d "$run"/train/checkpoint-* | sort -V | tail -n 1)
 
 say "4/5 evaluating on clips that were never trained on"
-launch launch/evaluate.py "$checkpoint" --data "$run/shards/test" --out "$run/evaluation"
+launch launch/evaluate.py "$checkpoint" --data "$run/shards/test"
 
 say "5/5 predicting one video that was never trained on"
 clip=$(python - "$run/shards/test" "$videos" <<'PYTHON'
@@ -65,11 +65,11 @@ python launch/predict.py "$checkpoint" "$clip"
 say "done; look at"
 cat <<TEXT
   $run/clips.html                     what the model was shown, class by class: open it in a browser
-  $run/train/training_loss.png        the loss as a picture
+  $run/train/report.html              the curves, the accuracy above, what is taken for what, the surest mistakes
   $run/train/train_log.jsonl          loss, learning rate, gradient norm, speed, by step
   $checkpoint    adapter, head, <ACTION>, tokenizer, and all that a resume needs
-  $run/evaluation/eval.json           the accuracy above
-  $run/evaluation/predictions.jsonl   every test clip with its scores
+  $checkpoint/evaluation/predictions.jsonl     every test clip with its scores
   .venv/bin/tensorboard --logdir $run/train/tensorboard     the curves in a browser
   .venv/bin/python launch/predict.py $checkpoint VIDEO      try a video of your own
+  .venv/bin/python launch/serve.py $checkpoint              the same in a browser, http://127.0.0.1:8000
 TEXT

@@ -30,7 +30,7 @@ from vidcls.model.pretrained import TrainingExtras, build_model, load_model
 from vidcls.training.data_sets import open_data_sets
 from vidcls.training.heads import build_heads
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.launch, pytest.mark.long, pytest.mark.timeout(900)]
 
 WEIGHT = 0.1
 STEPS = 300

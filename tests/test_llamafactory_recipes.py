@@ -76,7 +76,7 @@ def shards(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=JOBS)
+@pytest.fixture(scope="module", params=[pytest.param("ucf101", marks=pytest.mark.long), "sthsthv2"])
 def finished(request: pytest.FixtureRequest, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     job = JOBS[request.param]
     folder = tmp_path_factory.mktemp(request.param)

@@ -72,8 +72,10 @@ def test_open_mpi(two: Hosts, small_shards: Path, tmp_path: Path, alone: Path) -
     assert numbers(run.rows()) == numbers(rows)[:10]
 
 
+# A rank that is stopped is seen by its guardian, whatever hosts there are (test_faults_command.py); a link that is cut
+# looks to the others as a host without power.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name == "cut_link" else ()) for name in FAULTS]
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ("cut_link", "stop_rank") else ()) for name in FAULTS]
 )
 def test_a_fault_has_a_name_and_an_end(two: Hosts, small_shards: Path, tmp_path: Path, name: str) -> None:
     fault = FAULTS[name]

@@ -62,7 +62,7 @@ def test_a_planted_fault_stops_every_rank(small_shards: Path, tmp_path: Path, st
     assert EXPECTED.keys() == FAULTS.keys()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_sound_run_passes_and_is_not_changed(small_shards: Path, tmp_path: Path, stage: int) -> None:
     names = list(SOUND) if stage == 2 else SOUND_3
     code, ranks = run_cases(small_shards, tmp_path, stage, names)

@@ -128,6 +128,20 @@ def test_a_padding_batch_counts_for_nothing(indexes: list[ShardIndex], loaded: t
     assert predict_batches(model, [clips[Request((0,), weight=0.0)]], 4) == ([], {})
 
 
+def test_a_padding_batch_does_not_tell_of_its_clip_again(
+    indexes: list[ShardIndex], loaded: tuple, model: ActionClassifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another rank: it reads the first clip, which may be one that cannot be read."""
+
+    def refuse(*_: Any) -> Any:
+        raise FrameError("cut short")
+
+    monkeypatch.setattr(ClipBatches, "_read_frames", refuse)
+    clips = clips_of(0, indexes, loaded, skip_bad=True)
+    assert predict_batches(model, [clips[Request((0,), weight=0.0)]], 4) == ([], {})
+    assert predict_batches(model, [clips[Request((0,))]], 4) == ([], {indexes[0].keys[0]: "cut short"})
+
+
 def test_clips_that_were_not_seen_are_an_error(
     indexes: list[ShardIndex], loaded: tuple, model: ActionClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:

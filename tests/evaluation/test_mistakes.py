@@ -14,7 +14,7 @@ from PIL import Image
 from vidcls.data.index import ShardError, ShardIndex
 from vidcls.data.shards import ShardReader
 from vidcls.evaluation.evaluate import Prediction
-from vidcls.evaluation.mistakes import HEIGHT, most_confident_mistakes, write_mistakes
+from vidcls.evaluation.mistakes import HEIGHT, describe_mistakes, most_confident_mistakes
 
 
 def prediction(key: str, label: int, *scores: float) -> Prediction:
@@ -32,9 +32,7 @@ def test_only_mistakes_and_the_surest_first() -> None:
     assert [each.key for each in most_confident_mistakes(given, 1)] == ["sure"]
 
 
-def test_they_are_written_with_their_frames(
-    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_are_told_with_their_frames(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = ShardIndex.open(small_shards)
     predictions = []
     for sample, key in enumerate(index.keys):
@@ -49,8 +47,7 @@ def test_they_are_written_with_their_frames(
         return read(self, sample)
 
     monkeypatch.setattr(ShardReader, "read", refuse)
-    write_mistakes(tmp_path, predictions, index)
-    rows = json.loads((tmp_path / "mistakes.json").read_text())
+    rows = json.loads(json.dumps(describe_mistakes(predictions, index)))
     assert [row["key"] for row in rows] == [index.keys[0], index.keys[2]]
     assert rows[0]["true"] == index.labels.names[index.label[0]]
     assert (rows[0]["confidence"], rows[0]["true_score"]) == (0.7, 0.1)

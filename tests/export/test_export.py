@@ -25,7 +25,6 @@ from vidcls.manifest import CheckpointError, seal
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import load_model
 from vidcls.model.tuning import TuningSettings
-from vidcls.options import DEFAULT_PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +37,7 @@ def videos(small_shards: Path) -> list[Path]:
     return sorted((small_shards.parent / "videos").rglob("*.mp4"))[::9]
 
 
+DENSE = {"frame_sampling": "dense", "dense_stride": 2}
 SETTINGS = {
     "area": DecodeSettings(frames=6, short_side=None, max_pixels=56 * 84),
     "rate": DecodeSettings(frames=None, fps=4, max_frames=8, short_side=70),
@@ -48,18 +48,21 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(
-    ("settings", "decoder_type", "prompt"),
+    ("settings", "decoder_type", "changes"),
     [
-        *((settings, "linear", DEFAULT_PROMPT) for settings in SETTINGS.values()),
-        (None, "attention", DEFAULT_PROMPT),
-        (None, "linear", "A stop <|im_end|> and a pad <|video_pad|> are text. <video> And? <ACTION>"),
+        *((settings, "linear", {}) for settings in SETTINGS.values()),
+        (None, "attention", {}),
+        (None, "linear", {"prompts": {"default": "Is <|im_end|> or <|video_pad|> text? <video> And? <ACTION>"}}),
+        (DecodeSettings(frames=8, short_side=56), "linear", DENSE),
+        (DecodeSettings(frames=None, fps=4, max_frames=8, short_side=56), "linear", {**DENSE, "video_maxlen": 2}),
+        (DecodeSettings(frames=4, short_side=84), "linear", {"video_maxlen": 1, "image_max_pixels": 28 * 56}),
     ],
-    ids=[*SETTINGS, "attention", "special tokens as text"],
+    ids=[*SETTINGS, "attention", "special tokens as text", "dense", "dense at a rate", "one frame"],
 )
 def test_the_code_of_the_card_does_as_vidcls_does(
     settings: DecodeSettings | None,
     decoder_type: str,
-    prompt: str,
+    changes: dict[str, Any],
     base: Path,
     small_shards: Path,
     videos: list[Path],
@@ -72,7 +75,7 @@ def test_the_code_of_the_card_does_as_vidcls_does(
         decoder_type=decoder_type,
         settings=settings,
         model_name_or_path=str(base),
-        prompts={"default": prompt},
+        **changes,
     )
     export_checkpoint(checkpoint, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
@@ -177,13 +180,17 @@ def test_the_card_tells_scores_data_and_base(base: Path, small_shards: Path, tmp
     assert "licence" in card
     stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert stored["base_model_name_or_path"] == "Qwen/Qwen2.5-VL-3B-Instruct"
-    # A card is there to be written in; the model is not.
+    # A card is there to be written in, and an export may be evaluated again; the model is what it is.
     (tmp_path / "out" / "README.md").write_text("# Mine\n")
+    (tmp_path / "out" / "evaluation" / "eval.json").write_text(json.dumps({**scores, "control": "single"}))
     vidcls.load(tmp_path / "out")
     with (tmp_path / "out" / "adapter_model.safetensors").open("ab") as file:
         file.write(b"x")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
         vidcls.load(tmp_path / "out")
+    shutil.copyfile(tmp_path / "out" / "evaluation" / "eval.json", checkpoint / "evaluation" / "eval.json")
+    export_checkpoint(checkpoint, tmp_path / "controlled")
+    assert "Not evaluated before the export." in (tmp_path / "controlled" / "README.md").read_text()
 
 
 def test_what_cannot_be_exported_is_named_and_leaves_nothing(base: Path, small_shards: Path, tmp_path: Path) -> None:

@@ -139,3 +139,16 @@ def test_an_export_is_published_as_it_is(
     assert done.code == 2, done.output[-3000:]
     assert f"error: --push-to-hub: {hub.url} does not take me/clips: " in done.output
     assert (tmp_path / "again" / "README.md").is_file()  # to be published by hand
+
+
+def test_a_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    from vidcls.export import hub as hub_module
+
+    nowhere = HfApi(endpoint=f"http://127.0.0.1:{launch.free_port()}", token="x")
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: nowhere)
+    with pytest.raises(ValueError, match=r"--push-to-hub: http://127.0.0.1:.* does not take me/clips: "):
+        hub_module.push(tmp_path, "me/clips", private=True)
+    with pytest.raises(ValueError, match="--push-to-hub: 'a/b/c' is no name of a repository"):
+        hub_module.push(tmp_path, "a/b/c", private=True)

@@ -14,10 +14,11 @@ import vidcls
 from tests.support import launch
 from tests.support.checkpoints import make_checkpoint
 from tests.support.clips import text_as_video
+from vidcls.data.batch import PreparedClip
 from vidcls.predict import videos as videos_module
 from vidcls.predict.predictor import Prediction, Predictor
 from vidcls.predict.videos import Job, Unreadable, decode_all, find_videos, read_list
-from vidcls.sharding.decode import DecodeError
+from vidcls.sharding.decode import Clip, DecodeError
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,23 @@ def test_many_are_predicted_as_each_alone(
             np.testing.assert_allclose([p for _, p in each.ranked()], [p for _, p in alone], atol=1e-5)
     with pytest.raises(DecodeError, match="broken"):
         predictor.predict(mixed[3])
+
+
+def test_a_video_that_the_model_cannot_take_costs_itself_only(
+    predictor: Predictor, mixed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tokens than cutoff_len, say: training looked at its own clips only."""
+    prepare = Predictor.prepare
+
+    def refuse(self: Predictor, job: Job, clip: Clip) -> PreparedClip:
+        if job.video == str(mixed[1]):
+            raise ValueError("needs 900 tokens")
+        return prepare(self, job, clip)
+
+    monkeypatch.setattr(Predictor, "prepare", refuse)
+    found = list(predictor.predict_many(mixed[:3], batch_size=3))
+    assert [isinstance(each, Unreadable) for each in found] == [False, True, False]
+    assert found[1] == Unreadable(f"{mixed[1]}: needs 900 tokens")
 
 
 def crash(job: Job) -> None:

@@ -38,8 +38,7 @@ def evaluation(folder: Path, names: tuple[str, ...], clips: int = 800, right: fl
     rows = zip(labels_N.tolist(), scores_NC, strict=True)
     predictions = [Prediction(f"clip{i}", label, scores) for i, (label, scores) in enumerate(rows)]
     found = Evaluated(compute_metrics(scores_NC, labels_N), predictions, {"lost": "cut short"})
-    folder.mkdir(parents=True)
-    write_results(folder, found, compute_details(scores_NC, labels_N, names), LabelSpace(names), Views())
+    write_results(folder, found, compute_details(scores_NC, labels_N, names), [], LabelSpace(names), Views())
 
 
 @pytest.fixture
@@ -114,7 +113,9 @@ def test_a_report_never_ends_a_run(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_it_is_written_once_a_while(run: Path) -> None:
+    (run / "report.html.tmp-1").touch()  # of a run that was killed
     reporter = Reporter(run, seconds=1000)
+    assert not list(run.glob("report.html.tmp-*"))
     reporter.refresh()
     (run / "report.html").unlink()
     reporter.refresh()

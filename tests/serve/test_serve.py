@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import os
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -38,6 +40,7 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.clips import mpeg4_avi, video
 from vidcls.predict.predictor import Predictor
 from vidcls.serve.app import create_app
+from vidcls.serve.batching import Batcher
 from vidcls.serve.limits import ServeLimits
 
 
@@ -117,12 +120,24 @@ def test_what_is_refused_and_how(client: TestClient, clips: list[Path], tmp_path
             "the form cannot be read",
         ),
         "bad top": (post(client, good, top=0), 422, "top: 0; legal: >= 1"),
+        "no number": (post(client, good, top="many"), 422, "top: Input should be a valid integer"),
+        "odd charset": (
+            client.post(
+                "/predict",
+                content=b'--y\r\nContent-Disposition: form-data; name="video"; filename="a"\r\n\r\nx\r\n--y--\r\n',
+                headers={"content-type": "multipart/form-data; boundary=y; charset=undefined"},
+            ),
+            400,
+            "the form cannot be read",
+        ),
         "get": (client.get("/predict"), 405, ""),
     }
     for name, (answer, status, words) in cases.items():
         assert answer.status_code == status, f"{name}: {answer.status_code} {answer.text}"
         assert words in answer.text, name
         assert "/tmp/" not in answer.text, name
+        if name != "get":
+            assert answer.json().keys() == {"error", "kind"}, name
     pieces = client.post(
         "/predict",
         content=(bytes(100_000) for _ in range(5)),
@@ -142,6 +157,33 @@ def test_more_than_the_limit_at_once_are_told_to_come_again(predictor: Predictor
     assert all(answer.headers["retry-after"] == "1" for answer in answers if answer.status_code == 503)
 
 
+def test_an_upload_that_never_ends_gives_its_place_up(predictor: Predictor, clips: list[Path]) -> None:
+    """Half a form, and then nothing: for ever, if it may. Nor does one that is broken off leave anything."""
+    limits = ServeLimits(waiting=2, workers=1, upload_seconds=1.0)
+    with in_thread(create_app(predictor, limits)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=y\r\n"
+        stalled = [socket.create_connection((host, int(port))) for _ in range(2)]
+        for each in stalled:
+            each.sendall(head + b"Content-Length: 1000\r\n\r\n--y\r\n")
+        until = time.monotonic() + 30
+        with httpx.Client(base_url=address, timeout=30) as client:
+            while (answer := post(client, clips[0].read_bytes())).status_code == 503:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            assert answer.status_code == 200
+            stalled[0].settimeout(10)
+            assert b" 408 " in stalled[0].recv(1000).splitlines()[0]
+            broken = socket.create_connection((host, int(port)))
+            broken.sendall(head + b"Content-Length: 1000\r\n\r\n--y\r\n")
+            broken.close()
+            while 'outcome="gone"} 1.0' not in client.get("/metrics").text:
+                assert time.monotonic() < until
+                time.sleep(0.1)
+        for each in stalled:
+            each.close()
+
+
 def test_requests_at_once_share_forwards(predictor: Predictor, clips: list[Path]) -> None:
     """And each gets the answer for its own clip."""
     with TestClient(create_app(predictor, ServeLimits(batch_wait=0.3, workers=2))) as client:
@@ -153,6 +195,27 @@ def test_requests_at_once_share_forwards(predictor: Predictor, clips: list[Path]
         assert {each["class"]: each["score"] for each in told["top"]} == pytest.approx(expected, abs=1e-5)
     forwards = float(metrics.partition("vidcls_batch_clips_count ")[2].split()[0])
     assert forwards < len(answers)
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.01])
+def test_what_waits_already_goes_together(wait: float) -> None:
+    sizes: list[int] = []
+
+    def scores(clips: list[Any]) -> np.ndarray:
+        sizes.append(len(clips))
+        return np.array([[clip] for clip in clips])
+
+    async def ask() -> list[float]:
+        batcher = Batcher(scores, most=8, wait=wait)
+        waiting = [asyncio.ensure_future(batcher(number)) for number in range(16)]  # type: ignore[arg-type]
+        await asyncio.sleep(0)  # all are in the queue before anything is taken from it
+        batcher.start()
+        answers = await asyncio.gather(*waiting)
+        await batcher.close()
+        return [float(answer[0]) for answer in answers]
+
+    assert asyncio.run(ask()) == list(range(16))
+    assert sizes == [8, 8]
 
 
 # Hostile uploads, to the service as it runs

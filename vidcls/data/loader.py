@@ -187,8 +187,8 @@ class ClipBatches:
             self._clip(row, frames[end - row.shape.bytes : end].reshape(row.shape.shape))
             for row, end in zip(rows, ends, strict=True)
         ]
-        # Two data sets may have equal keys.
-        bad = tuple((f"{clip.source}/{clip.key}", clip.bad) for clip in clips if clip.bad)
+        # Two data sets may have equal keys. A padding batch reads a clip that another batch counts, bad or not.
+        bad = tuple((f"{clip.source}/{clip.key}", clip.bad) for clip in clips if clip.bad and request.weight)
         return replace(collate(clips, request.weight, frames), bad=bad)
 
     def _rows(self, request: Request) -> list[_Row]:

@@ -16,7 +16,7 @@ from vidcls.data.order import evaluation_chunks
 from vidcls.evaluation.evaluate import Evaluated, evaluate
 from vidcls.evaluation.heads import check_classes, frame_choice, head_for_labels, read_heads
 from vidcls.evaluation.metrics import compute_details
-from vidcls.evaluation.mistakes import write_mistakes
+from vidcls.evaluation.mistakes import describe_mistakes
 from vidcls.evaluation.results import write_results
 from vidcls.model.pretrained import load_model
 from vidcls.progress import progress_bar
@@ -41,7 +41,8 @@ def evaluate_checkpoint(
 
     Args:
         data: folder of shards, or (as text) its http(s):// or s3:// URL, whose shards go through $VIDCLS_CACHE.
-        out: by default evaluation/ in the checkpoint, and there a folder of the head's name if it has several heads.
+        out: by default evaluation/ in the checkpoint (evaluation-2x3, evaluation-shuffled and so on with other views),
+            and there a folder of the head's name if it has several heads.
         head: which one is evaluated; needed where several have the classes of the shards.
         base, trust_remote_code: see load_model.
         views: of each clip, by default one of whole frames.
@@ -64,7 +65,8 @@ def evaluate_checkpoint(
                 f"model takes {spec.video_maxlen}; make shards of more frames"
             )
     if out is None:
-        out = checkpoint / RESULTS_NAME if len(heads) == 1 else checkpoint / RESULTS_NAME / chosen.name
+        place = checkpoint / f"{RESULTS_NAME}{_suffix(views)}"
+        out = place if len(heads) == 1 else place / chosen.name
     model.to(distributed.device())
     if distributed.is_main() and chosen.settings != index.settings:
         made, trained_on = index.settings.to_dict(), chosen.settings.to_dict()
@@ -87,9 +89,7 @@ def evaluate_checkpoint(
             scores_NC = np.stack([each.scores for each in found.predictions])
             labels_N = np.array([each.label for each in found.predictions])
             details = compute_details(scores_NC, labels_N, chosen.labels.names)
-            out.mkdir(parents=True, exist_ok=True)
-            write_mistakes(out, found.predictions, index)
-            write_results(out, found, details, chosen.labels, views)
+            write_results(out, found, details, describe_mistakes(found.predictions, index), chosen.labels, views)
             metrics, (low, high) = found.metrics, details.top1_interval
             print(
                 f"{'' if len(heads) == 1 else f'head {chosen.name}: '}{metrics.seen} clips: top-1 {metrics.top1:.4f} "
@@ -101,3 +101,9 @@ def evaluate_checkpoint(
             for key, why in list(found.missing.items())[:MISSING_SHOWN]:
                 print(f"missing: {key}: {why}", file=sys.stderr)
     return found, out
+
+
+def _suffix(views: Views) -> str:
+    """So that what was found in another way never takes the place of the plain numbers."""
+    counts = f"-{views.segments}x{views.crops}" if views.count > 1 else ""
+    return counts + ("" if views.control == "none" else f"-{views.control}")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -16,7 +15,6 @@ from vidcls.data.index import ShardError, ShardIndex
 from vidcls.data.shards import ShardReader
 from vidcls.evaluation.evaluate import Prediction
 
-MISTAKES_NAME = "mistakes.json"
 MOST, FRAMES, HEIGHT, QUALITY = 24, 4, 96, 75
 MAX_WIDTH = 512  # of one frame: a hostile clip may be 16 million pixels wide
 
@@ -27,8 +25,8 @@ def most_confident_mistakes(predictions: Iterable[Prediction], most: int = MOST)
     return sorted(wrong, key=lambda each: -float(each.scores[each.predicted]))[:most]
 
 
-def write_mistakes(folder: Path, predictions: Iterable[Prediction], index: ShardIndex) -> None:
-    """Write mistakes.json: key, classes, probabilities, and `FRAMES` frames of each clip side by side, as JPEG."""
+def describe_mistakes(predictions: Iterable[Prediction], index: ShardIndex) -> list[dict[str, Any]]:
+    """As JSON: key, classes, probabilities, and `FRAMES` frames of each clip side by side, a JPEG in base64."""
     reader, names = ShardReader(index), index.labels.names
     sample_of = {key: sample for sample, key in enumerate(index.keys)}
     rows = []
@@ -47,7 +45,7 @@ def write_mistakes(folder: Path, predictions: Iterable[Prediction], index: Shard
                 "jpeg": base64.b64encode(picture).decode("ascii"),
             }
         )
-    (folder / MISTAKES_NAME).write_text(json.dumps(rows) + "\n", encoding="utf-8")
+    return rows
 
 
 def _strip(reader: ShardReader, sample: int) -> bytes:

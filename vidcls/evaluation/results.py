@@ -20,15 +20,25 @@ PREDICTIONS_NAME = "predictions.jsonl"
 CLASSES_NAME = "classes.csv"
 CONFUSION_NAME = "confusion.csv"
 MISSING_NAME = "missing.jsonl"
+MISTAKES_NAME = "mistakes.json"
 DIGITS = 6
 
 
-def write_results(folder: Path, found: Evaluated, details: Details, labels: LabelSpace, views: Views) -> None:
-    """Write the files into `folder`; the metrics last, so that their presence means that all are whole."""
+def write_results(
+    folder: Path,
+    found: Evaluated,
+    details: Details,
+    mistakes: list[dict[str, Any]],
+    labels: LabelSpace,
+    views: Views,
+) -> None:
+    """Write the files; the metrics last, so that their presence means that all are whole."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / METRICS_NAME).unlink(missing_ok=True)
     _replace(folder / PREDICTIONS_NAME, _lines(_predictions(found, labels)))
     columns = ("class", "clips", "precision", "recall", "f1")
     _replace(folder / CLASSES_NAME, _csv([columns, *(map(_rounded, astuple(each)) for each in details.classes)]))
+    _replace(folder / MISTAKES_NAME, json.dumps(mistakes) + "\n")
     rows = ([name, *row] for name, row in zip(labels.names, details.confusion_CC.tolist(), strict=True))
     _replace(folder / CONFUSION_NAME, _csv([["true, predicted:", *labels.names], *rows]))
     if found.missing:
@@ -83,5 +93,9 @@ def _csv(rows: Iterable[Iterable[Any]]) -> str:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

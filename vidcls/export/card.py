@@ -78,7 +78,9 @@ def _scores(folder: Path) -> list[str]:
     rows: dict[str, dict[str, Any]] = {}
     for path in sorted((folder / "evaluation").rglob("eval.json")):
         name = path.parent.relative_to(folder / "evaluation").as_posix()
-        rows["evaluation" if name == "." else name] = json.loads(path.read_text(encoding="utf-8"))
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if row.get("control", "none") == "none":  # what the model is not shown says nothing of how good it is
+            rows["evaluation" if name == "." else name] = row
     if not rows and (best := folder / "best.json").is_file():
         rows = json.loads(best.read_text(encoding="utf-8")).get("metrics", {})
     if not rows:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils.logging import disable_progress_bar
 
+from vidcls.evaluation.command import RESULTS_NAME
 from vidcls.evaluation.heads import StoredHead, check_classes, read_heads
 from vidcls.export.card import write_card
 from vidcls.manifest import fsync, seal, storage_errors
@@ -39,7 +40,7 @@ from vidcls.model.weights import fingerprint
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LARGEST_FILE = "4GB"  # of merged weights
 # What a checkpoint may have beside the model, and the card tells of.
-ABOUT_FILES = ("config.yaml", "best.json", "evaluation")
+ABOUT_FILES = ("config.yaml", "best.json")
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,12 @@ def export_checkpoint(
         encoder.tokenizer.save_pretrained(folder)
         write_spec(folder, spec)
         for name in ABOUT_FILES:
-            if (source := checkpoint / name).is_dir():
-                shutil.copytree(source, folder / name)
-            elif source.is_file():
-                shutil.copyfile(source, folder / name)
+            if (checkpoint / name).is_file():
+                shutil.copyfile(checkpoint / name, folder / name)
         seal(folder)
-        # Behind the seal: whoever publishes a model writes more into its card.
+        # Behind the seal: an export may be evaluated again, and whoever publishes it writes more into its card.
+        if (checkpoint / RESULTS_NAME).is_dir():
+            shutil.copytree(checkpoint / RESULTS_NAME, folder / RESULTS_NAME)
         write_card(folder, heads, spec, encoder, base=None if merge else called, out=out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Exported(out, heads, spec, size)

@@ -26,6 +26,11 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         )
     except HFValidationError as error:
         raise ValueError(f"--push-to-hub: {repo!r} is no name of a repository: {error}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, _http_error(HfHubHTTPError), OSError) as error:
         raise ValueError(f"--push-to-hub: {hub.endpoint} does not take {repo}: {error}") from error
     return str(done.commit_url)
+
+
+def _http_error(error: type[Exception]) -> type[Exception]:
+    """What the HTTP library under huggingface_hub raises, whichever it is by now: also when no hub answers."""
+    return next((cls for cls in error.__mro__ if cls.__name__ == "HTTPError"), error)

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from textwrap import dedent
 
-from vidcls.data.frames import view
 from vidcls.data.settings import DecodeSettings
-from vidcls.evaluation.heads import StoredHead
+from vidcls.evaluation.heads import StoredHead, frame_choice
 from vidcls.geometry import FACTOR
 from vidcls.model.heads import CONFIG_NAME, WEIGHTS_NAME
 from vidcls.model.patches import CLIP_MEAN, CLIP_STD
@@ -108,12 +107,20 @@ def _frames(settings: DecodeSettings, spec: ModelSpec, encoder: PromptEncoder) -
         most = f"min({settings.max_frames}, total)"
         lines.append(f"count = max(2, 2 * min(round(lasts * {settings.fps} / 2), {most} // 2))")
     lines.append("picked = [(2 * i + 1) * total // (2 * count) for i in range(count)]")
-    if settings.frames is not None and settings.frames > spec.video_maxlen:
-        lines.append(f"picked = [picked[i] for i in {view(settings.frames, spec.video_maxlen)}]")
-    elif settings.frames is None:
-        most_used = spec.video_maxlen
-        lines.append(f"if count > {most_used}:")
-        lines.append(f"    picked = [picked[(2 * i + 1) * count // {2 * most_used}] for i in range({most_used})]")
+    used = spec.video_maxlen
+    if settings.frames is not None:
+        chosen = frame_choice(spec).evaluation(settings.frames, 0, 1)
+        used = len(chosen)
+        if chosen != list(range(settings.frames)):
+            lines.append(f"picked = [picked[i] for i in {chosen}]")
+    elif spec.frame_sampling == "dense":
+        lines.append(f"if count > {used}:")
+        lines.append(f"    stride = min({spec.dense_stride}, (count - 1) // {max(1, used - 1)})")
+        lines.append(f"    start = (count - {used - 1} * stride - 1) // 2")
+        lines.append(f"    picked = [picked[start + i * stride] for i in range({used})]")
+    else:
+        lines.append(f"if count > {used}:")
+        lines.append(f"    picked = [picked[(2 * i + 1) * count // {2 * used}] for i in range({used})]")
     lines.append("images = [frames[i].to_image().rotate(frames[i].rotation, expand=True) for i in picked]")
     lines.append("width, height = images[0].size")
     if settings.max_pixels is not None:
@@ -123,7 +130,7 @@ def _frames(settings: DecodeSettings, spec: ModelSpec, encoder: PromptEncoder) -
         lines.append(f"height, width = [{each} for side in (height, width)]")
     lines.append("images = [image.resize((width, height), Image.BICUBIC) for image in images]")
     lines += [line.format(quality=settings.quality) for line in STORE.get(settings.codec, [])]
-    bounds = f"{encoder.min_pixels}, {encoder.max_pixels}"
+    bounds = f"{encoder.min_pixels}, {encoder.image_max_pixels if used == 1 else encoder.max_pixels}"
     lines += [
         f"height, width = smart_resize(height, width, {encoder.geometry.factor}, {bounds})",
         "pixels = np.stack([image.resize((width, height), Image.BICUBIC) for image in images])",

@@ -134,17 +134,25 @@ class Predictor:
     ) -> Generator[Prediction | Unreadable, None, None]:
         clips = iter(zip(jobs, decode_all(jobs, workers), strict=True))
         while part := list(islice(clips, batch_size)):
-            scores: Iterator[np.ndarray] = iter(
-                self.scores([self.prepare(job, clip) for job, clip in part if isinstance(clip, Clip)])
-            )
-            for job, clip in part:
+            prepared = [(job, self._try_to_prepare(job, clip)) for job, clip in part]
+            good = [clip for _, clip in prepared if isinstance(clip, PreparedClip)]
+            scores: Iterator[np.ndarray] = iter(self.scores(good))
+            for job, clip in prepared:
                 if isinstance(clip, Unreadable):
                     yield clip
                 else:
                     yield Prediction(job.video, next(scores), self.head.labels.names, job.start, job.end)
 
+    def _try_to_prepare(self, job: Job, clip: Clip | Unreadable) -> PreparedClip | Unreadable:
+        if isinstance(clip, Unreadable):
+            return clip
+        try:
+            return self.prepare(job, clip)
+        except ValueError as error:  # frames that are too long and narrow, or more tokens than the model takes
+            return Unreadable(f"{job.video}: {error}")
+
     def prepare(self, job: Job, clip: Clip) -> PreparedClip:
-        """A decoded video as the model takes it; on the host."""
+        """A decoded video as the model takes it; on the host. Raises ValueError where the model cannot take it."""
         settings = self.head.settings
         chosen = self.frame_choice.evaluation(len(clip.frames), 0, 1)
         # Through the codec as in the shards: the model never saw frames without its traces.

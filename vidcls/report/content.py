@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from vidcls.evaluation.mistakes import MISTAKES_NAME
-from vidcls.evaluation.results import CLASSES_NAME, CONFUSION_NAME, METRICS_NAME
+from vidcls.evaluation.results import CLASSES_NAME, CONFUSION_NAME, METRICS_NAME, MISTAKES_NAME
 
 # Written by vidcls.training, which imports this.
 LOG_NAME, CONFIG_NAME, OUTCOME_NAME, STATE_NAME = (

@@ -22,6 +22,8 @@ class Reporter:
         """seconds: between two reports at least."""
         self._run, self._seconds = run, seconds
         self._written: float | None = None
+        for leftover in run.glob(f"{REPORT_NAME}.tmp-*"):  # by killed runs
+            leftover.unlink(missing_ok=True)
 
     def refresh(self, *, now: bool = False) -> None:
         """Write the report if the last one is old enough, or `now`."""

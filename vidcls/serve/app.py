@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import os
@@ -12,12 +13,14 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 
 from vidcls.predict.predictor import Predictor
 from vidcls.predict.videos import Job
@@ -62,6 +65,12 @@ def create_app(predictor: Predictor, limits: ServeLimits | None = None) -> FastA
     app = FastAPI(title="vidcls", lifespan=lifespan)
     app.add_middleware(_BodyLimit, most=limits.upload_bytes, told=metrics.requests.labels("too_large").inc)
 
+    @app.exception_handler(RequestValidationError)
+    async def wrong_option(_: Request, error: RequestValidationError) -> JSONResponse:
+        metrics.requests.labels("wrong_option").inc()
+        told = "; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())
+        return _refusal(RefusedError(422, "wrong_option", told))
+
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def page() -> str:
         return PAGE
@@ -87,13 +96,19 @@ def create_app(predictor: Predictor, limits: ServeLimits | None = None) -> FastA
         try:
             if top < 1:
                 raise RefusedError(422, "wrong_option", f"top: {top}; legal: >= 1")
-            upload, name = await _receive(request, decoders)
+            upload, name = await _receive(request, decoders, limits.upload_seconds)
             clip = Clip(upload.frames, np.array(upload.times), "pyav", (0, 0))
-            prepared = await run_in_threadpool(predictor.prepare, Job(name, head.settings), clip)
+            try:
+                prepared = await run_in_threadpool(predictor.prepare, Job(name, head.settings), clip)
+            except ValueError as error:  # a frame that is too long and narrow, or more tokens than the model takes
+                raise RefusedError(422, "unsuitable", str(error)) from None
             scores_C = await batcher(prepared)
         except RefusedError as error:
             metrics.requests.labels(error.outcome).inc()
             return _refusal(error)
+        except ClientDisconnect:
+            metrics.requests.labels("gone").inc()
+            return _refusal(RefusedError(400, "gone", "the upload was broken off"))
         except Exception:
             metrics.requests.labels("failed").inc()
             raise
@@ -115,12 +130,17 @@ def create_app(predictor: Predictor, limits: ServeLimits | None = None) -> FastA
     return app
 
 
-async def _receive(request: Request, decoders: Decoders) -> tuple[Upload, str]:
+async def _receive(request: Request, decoders: Decoders, seconds: float) -> tuple[Upload, str]:
     """The decoded upload, and its name as the sender calls it. Its file is gone afterwards."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise RefusedError(415, "wrong_type", f"send multipart/form-data with a file `{FIELD}`")
     try:
-        form = await request.form(max_files=1, max_fields=8)
+        async with asyncio.timeout(seconds):
+            form = await request.form(max_files=1, max_fields=8)
+    except TimeoutError:
+        raise RefusedError(408, "slow_upload", f"the upload took more than {seconds:g} s") from None
+    except (UnicodeError, LookupError) as error:
+        raise RefusedError(400, "malformed", f"the form cannot be read: {error}") from None
     except (MultiPartException, HTTPException) as error:
         if isinstance(error, HTTPException) and error.status_code == 413:
             raise RefusedError(413, "too_large", str(error.detail)) from None
@@ -131,7 +151,8 @@ async def _receive(request: Request, decoders: Decoders) -> tuple[Upload, str]:
         file = form.get(FIELD)
         if not isinstance(file, UploadFile):
             raise RefusedError(422, "no_file", f"the form has no file `{FIELD}`")
-        name = os.path.basename(file.filename or "video")
+        # Halves of a character, which some charsets of the sender's choice give, could not be answered with.
+        name = os.path.basename(file.filename or "video").encode("utf-8", "replace").decode()
         if file.size == 0:
             raise RefusedError(422, "empty", "the file is empty")
         if container_of(await file.read(HEAD_BYTES)) is None:

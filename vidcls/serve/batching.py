@@ -49,6 +49,9 @@ class Batcher:
             batch = [await self._queue.get()]
             until = loop.time() + self._wait
             while len(batch) < self._most:
+                with contextlib.suppress(asyncio.QueueEmpty):
+                    batch.append(self._queue.get_nowait())
+                    continue
                 try:
                     batch.append(await asyncio.wait_for(self._queue.get(), max(0.0, until - loop.time())))
                 except TimeoutError:

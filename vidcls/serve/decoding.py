@@ -52,13 +52,19 @@ class Decoders:
         limits = self._limits
         task = (path, self._settings, limits.video_seconds)
         pool = self._pool
+        # Of the pool, should it no longer answer at all: others may be decoded before this one.
+        patience = limits.decode_seconds * (2 + limits.waiting / limits.workers)
         try:
-            found = await asyncio.wrap_future(pool.schedule(_decode, args=task, timeout=limits.decode_seconds))
-        except (BrokenProcessPool, RuntimeError):  # all its processes died at once, while they started perhaps
-            if self._pool is pool:
-                self._pool = _new_pool(limits.workers)
+            future = pool.schedule(_decode, args=task, timeout=limits.decode_seconds)
+            async with asyncio.timeout(patience) as overall:
+                found = await asyncio.wrap_future(future)
+        except (BrokenProcessPool, RuntimeError):  # a process died while it had nothing to do, or started
+            await self._replace(pool)
             raise RefusedError(503, "restarting", "the decoders are starting again; come again") from None
         except TimeoutError:
+            if overall.expired():
+                await self._replace(pool)
+                raise RefusedError(503, "restarting", "the decoders do not answer; come again") from None
             raise RefusedError(422, "too_slow", f"decoding took more than {limits.decode_seconds:g} s") from None
         except ProcessExpired:
             raise RefusedError(422, "crashed", "the file crashed the decoder") from None
@@ -68,9 +74,18 @@ class Decoders:
             raise RefusedError(*((413, "too_long") if found.too_long else (422, "unreadable")), found.reason)
         return found
 
+    async def _replace(self, pool: ProcessPool) -> None:
+        if self._pool is pool:  # the first of several requests that find it so
+            self._pool = _new_pool(self._limits.workers)
+            await asyncio.to_thread(_end, pool)
+
     def close(self) -> None:
-        self._pool.stop()
-        self._pool.join()
+        _end(self._pool)
+
+
+def _end(pool: ProcessPool) -> None:
+    pool.stop()
+    pool.join()
 
 
 def _new_pool(workers: int) -> ProcessPool:

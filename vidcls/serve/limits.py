@@ -9,12 +9,13 @@ from dataclasses import dataclass
 class ServeLimits:
     """ValueError unless the values make sense.
 
-    upload_bytes: of one request. video_seconds: of one video. decode_seconds: for decoding it. waiting: requests that
-    are in work or wait at once; more are told to come again. workers: decoding processes. batch_size: clips per
-    forward; batch_wait: seconds that a clip waits for others at most.
+    upload_bytes: of one request; upload_seconds: until it is all there. video_seconds: of one video. decode_seconds:
+    for decoding it. waiting: requests that are in work or wait at once; more are told to come again. workers: decoding
+    processes. batch_size: clips per forward; batch_wait: seconds that a clip waits for others at most.
     """
 
     upload_bytes: int = 100 * 2**20
+    upload_seconds: float = 60.0
     video_seconds: float = 600.0
     decode_seconds: float = 30.0
     waiting: int = 64

@@ -97,10 +97,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of every data set, by name, after `step` optimizer steps."""
+    """The metrics of every data set, by name, after `step` optimizer steps. views: segments and crops of each clip."""
 
     step: int
     metrics: dict[str, Metrics]
+    views: tuple[int, int] = (1, 1)
 
     def value(self, metric: str) -> float:
         """The mean over data sets."""
@@ -117,12 +118,15 @@ class Evaluation:
         return row
 
     def to_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "metrics": {name: each.to_dict() for name, each in self.metrics.items()}}
+        metrics = {name: each.to_dict() for name, each in self.metrics.items()}
+        return {"step": self.step, "metrics": metrics, "views": list(self.views)}
 
     @classmethod
     def from_dict(cls, stored: Any) -> Evaluation:
         """The inverse of to_dict; KeyError, TypeError or AttributeError when `stored` is none."""
-        return cls(int(stored["step"]), {name: Metrics(**each) for name, each in stored["metrics"].items()})
+        segments, crops = stored.get("views", (1, 1))  # without: written before there were any
+        metrics = {name: Metrics(**each) for name, each in stored["metrics"].items()}
+        return cls(int(stored["step"]), metrics, (segments, crops))
 
     def clips(self) -> dict[str, int]:
         return {name: each.seen for name, each in self.metrics.items()}
@@ -146,6 +150,7 @@ class Evaluations:
         """
         assert clips, "nothing to evaluate on"
         views = _views(config, clips, frames)
+        self._views = views.segments, views.crops
         self.batches = {each.name: ClipBatches([each.source], encoder, frames, views=views) for each in clips}
         self.ids = {each.name: each.ids for each in clips}
         self.schedule = schedule
@@ -181,7 +186,7 @@ class Evaluations:
                 temporary.replace(self._path)
                 for row in filter(self._can_be_best, rows):
                     best = row if best is None or self._is_better(row, best) else best
-                rows = [row for row in rows if row.clips() == self._clip_counts()]
+                rows = list(filter(self._is_comparable, rows))
         self.best, self._rows = distributed.gather_objects((best, rows))[0]
 
     def due(self, done: int) -> bool:
@@ -210,7 +215,7 @@ class Evaluations:
                 for name, clips in self.batches.items()
             }
         # From the main rank: hosts of different kinds may differ in a last bit, and then over which is the best.
-        now = Evaluation(done, distributed.gather_objects(found)[0])
+        now = Evaluation(done, distributed.gather_objects(found)[0], self._views)
         with distributed.all_or_none(f"writing {self._path}"):
             if distributed.is_main():
                 with self._path.open("a", encoding="utf-8") as file:
@@ -264,9 +269,12 @@ class Evaluations:
             for name, clips in self.batches.items()
         }
 
+    def _is_comparable(self, row: Evaluation) -> bool:
+        return row.clips() == self._clip_counts() and row.views == self._views
+
     def _can_be_best(self, row: Evaluation) -> bool:
         there = (_checkpoint(self._folder, row.step) / MANIFEST_NAME).is_file()
-        return row.clips() == self._clip_counts() and (there or not self.keeps_best)
+        return self._is_comparable(row) and (there or not self.keeps_best)
 
     def _is_better(self, one: Evaluation, other: Evaluation) -> bool:
         """Of equals the earlier one stays."""

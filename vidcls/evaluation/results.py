@@ -8,12 +8,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidcls.data.frames import Views
 from vidcls.data.labels import LabelSpace
-from vidcls.evaluation.evaluate import Evaluated
-from vidcls.evaluation.metrics import Details
+
+if TYPE_CHECKING:  # both import torch; whoever reads the files, a report, needs none
+    from vidcls.evaluation.evaluate import Evaluated
+    from vidcls.evaluation.metrics import Details
 
 METRICS_NAME = "eval.json"
 PREDICTIONS_NAME = "predictions.jsonl"

@@ -47,7 +47,6 @@ ABOUT_FILES = ("config.yaml", "best.json")
 class Exported:
     folder: Path
     heads: list[StoredHead]
-    spec: ModelSpec
     bytes: int
 
 
@@ -107,7 +106,7 @@ def export_checkpoint(
             shutil.copytree(checkpoint / RESULTS_NAME, folder / RESULTS_NAME)
         write_card(folder, heads, spec, encoder, base=None if merge else called, out=out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return Exported(out, heads, spec, size)
+    return Exported(out, heads, size)
 
 
 def _check_adapter_is_all(checkpoint: Path, spec: ModelSpec) -> None:

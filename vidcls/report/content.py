@@ -14,14 +14,9 @@ from typing import Any
 import yaml
 
 from vidcls.evaluation.results import CLASSES_NAME, CONFUSION_NAME, METRICS_NAME, MISTAKES_NAME
+from vidcls.supervision.folder import CONFIG_NAME, STATE_NAME, RunFolder, read_object
 
 # Written by vidcls.training, which imports this.
-LOG_NAME, CONFIG_NAME, OUTCOME_NAME, STATE_NAME = (
-    "train_log.jsonl",
-    "config.yaml",
-    "outcome.json",
-    "training_state.json",
-)
 BOARD_NAME = "tensorboard"
 PACKAGES = ("vidcls", "torch", "deepspeed", "transformers", "peft", "safetensors", "numpy", "torchmetrics")
 MOST_ROWS = 4000  # of a curve: more than any screen has points
@@ -29,7 +24,7 @@ MOST_ROWS = 4000  # of a curve: more than any screen has points
 
 def collect(run: Path) -> dict[str, Any]:
     """What the page's program reads."""
-    log = _thinned(_rows(run / LOG_NAME))
+    log = _thinned(RunFolder(run).rows())
     recipe = _recipe(run / CONFIG_NAME)
     return {
         "name": run.absolute().name,
@@ -47,7 +42,7 @@ def collect(run: Path) -> dict[str, Any]:
 
 
 def _state(run: Path, log: list[dict[str, Any]]) -> str:
-    outcome = _object(run / OUTCOME_NAME)
+    outcome = RunFolder(run).outcome()
     written = time.strftime("%Y-%m-%d %H:%M:%S")
     if outcome:
         return f"{outcome.get('outcome')} at step {outcome.get('step')} of {outcome.get('steps')}; written {written}"
@@ -92,7 +87,7 @@ def read_result(folder: Path, title: str) -> dict[str, Any]:
 def _data(run: Path) -> dict[str, Any]:
     """Fingerprints and the stream of clips, as the newest checkpoint has them."""
     for path in _newest(run):
-        state = _object(path)
+        state = read_object(path)
         stream = state.get("stream", {})
         return {**{key: _told(value) for key, value in stream.items()}, "step of this": state.get("step")}
     return {"none": "no checkpoint yet"}
@@ -114,30 +109,11 @@ def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for number, row in enumerate(rows) if number % step == 0 or "loss" not in row] if step > 1 else rows
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    with contextlib.suppress(OSError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and "step" in row:
-                    rows.append(row)
-    return rows
-
-
 def _recipe(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in found.items()}
-    return {}
-
-
-def _object(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
     return {}
 
 

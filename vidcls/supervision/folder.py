@@ -29,7 +29,7 @@ class RunFolder:
 
     def outcome(self) -> dict[str, Any]:
         """{} when the last launch did not end well."""
-        return _read_object(self.path / OUTCOME_NAME)
+        return read_object(self.path / OUTCOME_NAME)
 
     def forget_outcome(self) -> None:
         """So that the next one can only be the next launch's, whatever the clocks of the hosts say."""
@@ -40,7 +40,7 @@ class RunFolder:
         return read_reports(self.path, launch)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The log's rows with a loss, by step."""
+        """The log's rows, in its order; a line cut by a kill is left out."""
         rows = []
         with contextlib.suppress(OSError), (self.path / LOG_NAME).open(encoding="utf-8") as lines:
             for line in lines:
@@ -83,17 +83,18 @@ def step_of(checkpoint: Path | None) -> int:
     """Optimizer steps done at a checkpoint; 0 without one."""
     if checkpoint is None:
         return 0
-    return int(_read_object(checkpoint / STATE_NAME).get("step", 0))
+    return int(read_object(checkpoint / STATE_NAME).get("step", 0))
 
 
 def global_batch_of(checkpoint: Path | None) -> int | None:
     if checkpoint is None:
         return None
-    stream = _read_object(checkpoint / STATE_NAME).get("stream", {})
+    stream = read_object(checkpoint / STATE_NAME).get("stream", {})
     return stream.get("global_batch") if isinstance(stream, dict) else None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is none, or none that is whole."""
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):

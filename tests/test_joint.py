@@ -202,6 +202,7 @@ def test_the_first_step_is_what_plain_pytorch_says(runs: Path, first_batch: tupl
         logits_1C = alone[batch.sources[row]](
             batch.frames[first : first + size],
             (grid,),
+            (length,),
             batch.input_ids_BL[row : row + 1, :length],
             batch.position_ids_3BL[:, row : row + 1, :length],
             batch.action_positions_B[row : row + 1],

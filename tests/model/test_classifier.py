@@ -64,15 +64,31 @@ def make_batch(clips=CLIPS):
         generator = torch.Generator().manual_seed(int(seconds * 10))
         pixels.append(torch.randint(0, 256, (frames * height * width * 3,), dtype=torch.uint8, generator=generator))
     ends = torch.tensor([len(row) - 1 for row in rows])
-    return torch.cat(pixels), grids, ids, positions, ends, torch.zeros(len(rows), dtype=torch.long)
+    return (
+        torch.cat(pixels),
+        grids,
+        tuple(map(len, rows)),
+        ids,
+        positions,
+        ends,
+        torch.zeros(len(rows), dtype=torch.long),
+    )
+
+
+def plain_backbone(classifier):
+    """A copy whose layers have transformers' and PEFT's own forwards again."""
+    backbone = copy.deepcopy(classifier.inner)
+    for module in backbone.modules():
+        vars(module).pop("forward", None)
+    return backbone
 
 
 def reference_logits(classifier, clips):
     """transformers' own forward over the same weights: its positions, windows, mask and scatter."""
-    frames, grids, ids, _, ends, _ = make_batch(clips)
+    frames, grids, _, ids, _, ends, _ = make_batch(clips)
     config = load_config("tiny")
     whole = Qwen2_5_VLForConditionalGeneration(config).eval()
-    whole.model = copy.deepcopy(classifier.inner)
+    whole.model = plain_backbone(classifier)
     with torch.no_grad():
         table = whole.model.language_model.embed_tokens.weight
         table[classifier.action_token_id] = classifier.action_token.weight
@@ -184,8 +200,8 @@ def test_an_attention_head_reads_the_clips_tokens_and_nothing_else():
     classifier.heads["default"].register_forward_pre_hook(
         lambda module, inputs, read: seen.update(read), with_kwargs=True
     )
-    frames, grids, ids, *rest = make_batch()
-    together_BC = classifier(frames, grids, ids, *rest)
+    frames, grids, lengths, ids, *rest = make_batch()
+    together_BC = classifier(frames, grids, lengths, ids, *rest)
     read = torch.tensor([load_config("tiny").video_token_id, classifier.action_token_id])
     assert torch.equal(seen["mask_BL"], torch.isin(ids, read))
     alone_BC = torch.cat([classifier(*make_batch([clip])) for clip in CLIPS])
@@ -207,12 +223,12 @@ def test_answers_change_no_logit_and_cost_what_the_language_model_says():
     answer_labels = torch.full_like(ids, -100)
     answer_labels[0, row.answer_start - 1 : -1] = ids[0, row.answer_start :]
     where = torch.tensor([row.action_position])
-    logits_BC, losses_B = classifier(frames, grids, ids, positions, where, heads_B, answer_labels)
+    logits_BC, losses_B = classifier(frames, grids, (ids.shape[1],), ids, positions, where, heads_B, answer_labels)
     plain_BC = classifier(*make_batch(CLIPS[:1]))
     torch.testing.assert_close(logits_BC, plain_BC, atol=2e-6, rtol=1e-5)
 
     whole = Qwen2_5_VLForConditionalGeneration(config).eval()
-    whole.model = copy.deepcopy(classifier.inner)
+    whole.model = plain_backbone(classifier)
     whole.model.language_model.embed_tokens.weight[classifier.action_token_id] = classifier.action_token.weight
     # A matrix of its own: the row of <ACTION> is another one in the loss.
     whole.lm_head.weight = copy.deepcopy(classifier.inner.language_model.embed_tokens.weight)
@@ -249,5 +265,5 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="action_token has hidden size 64"):
         ActionClassifier(backbone, {"h": ActionDecoder(128, 6)}, ActionToken(torch.zeros(64)), **good)
     frames, grids, *rest = make_batch(CLIPS[:2])
-    with pytest.raises(ValueError, match="grid_thw has 1 clips, input_ids has 2 rows"):
+    with pytest.raises(ValueError, match="grid_thw has 1 clips, lengths 2, input_ids 2 rows"):
         make_classifier()(frames, grids[:1], *rest)

@@ -109,6 +109,7 @@ class Batch:
 
     frames: torch.Tensor  # uint8, every clip's [T, H, W, 3] raveled and joined
     grid_thw: tuple[Grid, ...]  # patches in time, height and width, per clip, on the host
+    lengths: tuple[int, ...]  # tokens of each row, on the host
     input_ids_BL: torch.Tensor  # right padded
     position_ids_3BL: torch.Tensor
     action_positions_B: torch.Tensor  # where <ACTION> stands in each row
@@ -137,6 +138,7 @@ class Batch:
         return {
             "frames": self.frames,
             "grid_thw": self.grid_thw,
+            "lengths": self.lengths,
             "input_ids_BL": self.input_ids_BL,
             "position_ids_3BL": self.position_ids_3BL,
             "action_positions_B": self.action_positions_B,
@@ -156,13 +158,14 @@ class Batch:
         patches = [math.prod(grid) for grid in self.grid_thw]
         values = self.frames.numel() // sum(patches)  # of one patch
         start, end = (sum(patches[:count]) * values for count in (row, row + 1))
-        one, length = slice(row, row + 1), int(self.action_positions_B[row]) + 1
+        one, length = slice(row, row + 1), self.lengths[row]
         rows = {f.name: getattr(self, f.name)[one] for f in fields(self) if f.name.endswith("_B")}
         return replace(
             self,
             **rows,
             frames=self.frames[start:end],
             grid_thw=self.grid_thw[one],
+            lengths=self.lengths[one],
             input_ids_BL=self.input_ids_BL[one, :length],
             position_ids_3BL=self.position_ids_3BL[:, one, :length],
             keys=self.keys[one],
@@ -227,6 +230,7 @@ def collate(clips: list[PreparedClip], weight: float = 1.0, frames: np.ndarray |
     return Batch(
         frames=torch.from_numpy(frames),
         grid_thw=tuple(clip.grid for clip in clips),
+        lengths=tuple(lengths.tolist()),
         input_ids_BL=torch.from_numpy(input_ids_BL),
         position_ids_3BL=torch.from_numpy(position_ids_3BL),
         action_positions_B=torch.tensor([clip.text.action_position for clip in clips]),

@@ -1,6 +1,7 @@
 """ActionClassifier: frames and prompts -> class logits. Logits over the vocabulary only for answers that are learned.
 
-Shape suffixes: B batch, L sequence, D hidden, C classes, N patches, P values of a patch.
+Shape suffixes: B batch, L sequence, D hidden, C classes, N tokens of all rows (or patches), V video tokens,
+R tokens that are read, P values of a patch.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from vidcls.model.attention import pieces_of
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.language_head import LanguageHead
+from vidcls.model.layers import speed_up
 from vidcls.model.patches import Grid, VisionGeometry, frames_to_patches
 
 # Layouts kept per model: one for every sequence of clip sizes that batches come in.
@@ -73,6 +76,7 @@ class ActionClassifier(nn.Module):
         for name, width in {**widths, "action_token": action_token.weight.shape[0]}.items():
             if width != config.text_config.hidden_size:
                 raise ValueError(f"{name} has hidden size {width}; the backbone's is {config.text_config.hidden_size}")
+        speed_up(self.inner)
         self.dtype = next(backbone.parameters()).dtype
         self.action_token = action_token.to(self.dtype)
         self.heads = nn.ModuleDict({name: head.to(self.dtype) for name, head in heads.items()})
@@ -101,6 +105,7 @@ class ActionClassifier(nn.Module):
         self,
         frames: torch.Tensor,
         grid_thw: tuple[Grid, ...],
+        lengths: tuple[int, ...],
         input_ids_BL: torch.Tensor,
         position_ids_3BL: torch.Tensor,
         action_positions_B: torch.Tensor,
@@ -109,29 +114,45 @@ class ActionClassifier(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """float32 logits_BC, C the most classes that a head has: -inf for those that a row's own head has not.
 
-        `frames` is flat uint8, every row's clip one after the other; `grid_thw` holds their grids as host
-        integers, one clip a row. Rows are padded on the RIGHT, with any id but the video's and <ACTION>'s:
-        attention is causal, so no token sees the padding behind it and no mask is needed.
-        `action_positions_B` says where <ACTION> stands in each row, `heads_B` which head classifies it. With
-        `answer_labels_BL` (the next token's id where it is to be predicted, else -100) also returns the float32
-        answer_losses_B of the language head.
+        `frames` is flat uint8, every row's clip one after the other; `grid_thw` holds their grids and `lengths` the
+        tokens of each row as host integers, one clip a row. Rows are padded on the right to L; the padding is never
+        computed. `action_positions_B` says where <ACTION> stands in each row, at its end unless an answer follows;
+        `heads_B` which head classifies it. With `answer_labels_BL` (the next token's id where it is to be predicted,
+        else -100) also returns the float32 answer_losses_B of the language head.
         """
-        batch = input_ids_BL.shape[0]
-        if len(grid_thw) != batch:
-            raise ValueError(f"grid_thw has {len(grid_thw)} clips, input_ids has {batch} rows; they must be equal")
+        batch, longest = input_ids_BL.shape
+        if len(grid_thw) != batch or len(lengths) != batch:
+            raise ValueError(
+                f"grid_thw has {len(grid_thw)} clips, lengths {len(lengths)}, input_ids {batch} rows; they must agree"
+            )
+        device = input_ids_BL.device
         language_model = self.inner.language_model
-        video_ND = self._encode_video(frames, grid_thw)
-        embeds_BLD = language_model.embed_tokens(input_ids_BL)
-        is_video_BL = input_ids_BL == self.video_token_id
-        is_action_BL = input_ids_BL == self.action_token_id
-        embeds_BLD = embeds_BLD.masked_scatter(is_video_BL[..., None], video_ND.to(embeds_BLD.dtype))
-        embeds_BLD = self.action_token(embeds_BLD, is_action_BL)
-        hidden_BLD = language_model(
-            inputs_embeds=embeds_BLD, position_ids=position_ids_3BL, attention_mask=None, use_cache=False
-        ).last_hidden_state.to(self.dtype)
-        rows_B = torch.arange(batch, device=hidden_BLD.device)
-        state_BD = hidden_BLD[rows_B, action_positions_B]
-        read = {"tokens_BLD": hidden_BLD, "mask_BL": is_video_BL | is_action_BL} if self._heads_read_tokens else {}
+        video_VD = self._encode_video(frames, grid_thw)
+        tokens_N = _tokens(lengths, longest, device)
+        input_ids_N = _packed(input_ids_BL.flatten(), tokens_N)
+        is_video_N, is_action_N = input_ids_N == self.video_token_id, input_ids_N == self.action_token_id
+        embeds_ND = language_model.embed_tokens(input_ids_N)
+        embeds_ND = embeds_ND.masked_scatter(is_video_N[:, None], video_VD.to(embeds_ND.dtype))
+        embeds_ND = self.action_token(embeds_ND, is_action_N)
+        lasts_only = answer_labels_BL is None and not self._heads_read_tokens
+        hidden_RD = (
+            language_model(
+                inputs_embeds=embeds_ND[None],
+                position_ids=_packed(position_ids_3BL.flatten(1), tokens_N)[:, None],
+                attention_mask={"full_attention": None},  # attention is cut into pieces, and within them causal
+                use_cache=False,
+                pieces=pieces_of(lengths, device),
+                lasts_only=lasts_only,
+            )
+            .last_hidden_state[0]
+            .to(self.dtype)
+        )
+        if lasts_only:
+            return self._classify(hidden_RD, heads_B, {})
+        hidden_BLD = _padded(hidden_RD, tokens_N, batch, longest)
+        state_BD = hidden_BLD[torch.arange(batch, device=device), action_positions_B]
+        is_read_BL = _padded((is_video_N | is_action_N)[:, None], tokens_N, batch, longest)[..., 0]
+        read = {"tokens_BLD": hidden_BLD, "mask_BL": is_read_BL} if self._heads_read_tokens else {}
         logits_BC = self._classify(state_BD, heads_B, read)
         if answer_labels_BL is None:
             return logits_BC
@@ -160,7 +181,7 @@ class ActionClassifier(nn.Module):
 
     # Ordinary tensors even when evaluation builds them: training could not save inference tensors.
     @torch.inference_mode(False)
-    def _build_layout(self, grid_thw: tuple[Grid, ...], device: torch.device) -> dict[str, torch.Tensor | int]:
+    def _build_layout(self, grid_thw: tuple[Grid, ...], device: torch.device) -> dict[str, Any]:
         """What the tower would derive from the grids in Python at every call: windows, segments, positions.
 
         It takes these as keyword arguments instead of computing them.
@@ -169,20 +190,37 @@ class ActionClassifier(nn.Module):
         grid = torch.tensor(grid_thw)
         window_index, window_seqlens = get_vision_window_index(grid, merge, vision.window_size, vision.patch_size)
         seqlens = get_vision_cu_seqlens(grid)
-        layout: dict[str, torch.Tensor | int] = {
+        lengths, window_lengths = (tuple(bounds.diff().tolist()) for bounds in (seqlens, window_seqlens))
+        layout: dict[str, Any] = {
             "grid_thw": grid,
             "position_ids": get_vision_position_ids(grid, merge).to(device),
             "window_index": window_index.to(device),
-            "cu_seqlens": seqlens,
-            "cu_window_seqlens": window_seqlens,
+            "cu_seqlens": pieces_of(lengths, device),  # layers.py reads them so
+            "cu_window_seqlens": pieces_of(window_lengths, device),
         }
-        # Flash attention reads the segment bounds on the device; the others cut with them on the host, where
-        # a tensor on the device would cost one sync per layer.
         if is_flash_attention_requested(vision):
-            layout |= {
-                "cu_seqlens": seqlens.to(device),
-                "cu_window_seqlens": window_seqlens.to(device),
-                "max_seqlen": int(seqlens.diff().max()),
-                "max_window_seqlen": int(window_seqlens.diff().max()),
-            }
+            layout |= {"max_seqlen": max(lengths), "max_window_seqlen": max(window_lengths)}
         return layout
+
+
+@functools.lru_cache(maxsize=LAYOUT_CACHE)
+@torch.inference_mode(False)
+def _tokens(lengths: tuple[int, ...], longest: int, device: torch.device) -> torch.Tensor | None:
+    """Where the tokens of all rows are among B x `longest`, row after row; None when there is no padding."""
+    if set(lengths) == {longest}:
+        return None
+    rows = [torch.arange(length) + row * longest for row, length in enumerate(lengths)]
+    return torch.cat(rows).to(device)
+
+
+def _packed(values: torch.Tensor, tokens_N: torch.Tensor | None) -> torch.Tensor:
+    """The last dimension, B x L, without its padding."""
+    return values if tokens_N is None else values[..., tokens_N]
+
+
+def _padded(values_ND: torch.Tensor, tokens_N: torch.Tensor | None, batch: int, longest: int) -> torch.Tensor:
+    """Back to [B, L, D], zeros in the padding."""
+    if tokens_N is not None:
+        empty = values_ND.new_zeros(batch * longest, values_ND.shape[1])
+        values_ND = empty.index_copy(0, tokens_N, values_ND)
+    return values_ND.view(batch, longest, -1)

@@ -42,6 +42,7 @@ def batch_of(index: ShardIndex, samples: list[int], **changes: Any) -> Batch:
     batch = Batch(
         frames=torch.zeros(0, dtype=torch.uint8),
         grid_thw=((1, 1, 1),) * count,
+        lengths=(1,) * count,
         input_ids_BL=torch.zeros(count, 1, dtype=torch.long),
         position_ids_3BL=torch.zeros(3, count, 1, dtype=torch.long),
         action_positions_B=torch.zeros(count, dtype=torch.long),

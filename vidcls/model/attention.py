@@ -1,0 +1,155 @@
+"""Attention over pieces of one long row of tokens: clips of a batch, windows of a frame. Nothing is padded.
+
+Shape suffixes: N tokens of all pieces, P pieces, L tokens of a piece, R rows that ask, H heads, G key and value heads,
+E values of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+@dataclass(frozen=True)
+class Group:
+    """All pieces of one length: their numbers [P], and their tokens [P * L]; None where these are all, in order."""
+
+    length: int
+    numbers: torch.Tensor | None
+    tokens: torch.Tensor | None
+
+    def cut(self, row: torch.Tensor) -> torch.Tensor:
+        """[N, heads, E] -> [P, heads, L, E]."""
+        own = row if self.tokens is None else row[self.tokens]
+        return own.view(-1, self.length, *row.shape[1:]).transpose(1, 2)
+
+    def ends(self, lasts: torch.Tensor) -> torch.Tensor:
+        """Of one token a piece [all pieces, heads, E] this group's: [P, heads, 1, E]."""
+        return (lasts if self.numbers is None else lasts[self.numbers])[:, :, None]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a row of tokens is cut, one piece behind the other.
+
+    lasts: the last token of each piece. bounds: int32 [P + 1], where pieces begin and the last one ends. token_back,
+    piece_back: from the groups' tokens or pieces, one group behind the other, to the row; None with a single group.
+    """
+
+    longest: int
+    groups: tuple[Group, ...]
+    lasts: torch.Tensor
+    bounds: torch.Tensor
+    token_back: torch.Tensor | None
+    piece_back: torch.Tensor | None
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # ordinary tensors even when evaluation makes them: training could not save the others
+def pieces_of(lengths: tuple[int, ...], device: torch.device) -> Pieces:
+    """Pieces of these lengths; kept, because batches come in the same ones."""
+    each = torch.tensor(lengths)
+    ends = each.cumsum(0)
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int32), ends.to(torch.int32)])
+    common = max(lengths), (ends - 1).to(device), bounds.to(device)
+    if len(set(lengths)) == 1:
+        return Pieces(common[0], (Group(lengths[0], None, None),), *common[1:], None, None)
+    groups, numbers, tokens = [], [], []
+    for length in dict.fromkeys(lengths):
+        own = (each == length).nonzero()[:, 0]
+        numbers.append(own)
+        tokens.append((ends[own, None] - length + torch.arange(length)).flatten())
+        groups.append(Group(length, own.to(device), tokens[-1].to(device)))
+    backs = (torch.cat(parts).argsort().to(device) for parts in (tokens, numbers))
+    return Pieces(common[0], tuple(groups), *common[1:], *backs)
+
+
+def attend(
+    module: Any,
+    q_RHE: torch.Tensor,
+    k_NGE: torch.Tensor,
+    v_NGE: torch.Tensor,
+    pieces: Pieces,
+    *,
+    causal: bool,
+    lasts_only: bool = False,
+) -> torch.Tensor:
+    """Attention within each piece: [R, H, E], R all tokens or, with `lasts_only`, the last one of each piece.
+
+    `module` is transformers' attention module, whose config names the implementation.
+    """
+    implementation = module.config._attn_implementation
+    if implementation.startswith("flash_attention"):
+        return _flash(implementation, module, (q_RHE, k_NGE, v_NGE), pieces, causal=causal, lasts_only=lasts_only)
+    outputs = []
+    for group in pieces.groups:
+        k, v = group.cut(k_NGE), group.cut(v_NGE)
+        q = group.ends(q_RHE) if lasts_only else group.cut(q_RHE)
+        masked = causal and not lasts_only  # the last token sees all of its piece
+        # On a CPU the backward of torch's fused attention takes twice the time of the one written out (torch 2.13).
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        if implementation == "eager" or (trains and q.device.type == "cpu"):
+            out = _plain(q, k, v, module.scaling, causal=masked)
+        else:
+            shared = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=masked, scale=module.scaling, enable_gqa=shared)
+        outputs.append(out.transpose(1, 2).reshape(-1, *q_RHE.shape[1:]))
+    back = pieces.piece_back if lasts_only else pieces.token_back
+    return outputs[0] if back is None else torch.cat(outputs)[back]
+
+
+def _flash(
+    implementation: str,
+    module: Any,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    pieces: Pieces,
+    *,
+    causal: bool,
+    lasts_only: bool,
+) -> torch.Tensor:
+    """transformers' flash attention, which takes the bounds of the pieces."""
+    interface: Any = ALL_ATTENTION_FUNCTIONS[implementation]
+    single = torch.arange(len(pieces.bounds), dtype=torch.int32, device=pieces.bounds.device)
+    out, _ = interface(
+        module,
+        *(t.transpose(0, 1)[None] for t in qkv),
+        attention_mask=None,
+        scaling=module.scaling,
+        dropout=0.0,
+        is_causal=causal,
+        cu_seq_lens_q=single if lasts_only else pieces.bounds,
+        cu_seq_lens_k=pieces.bounds,
+        max_length_q=1 if lasts_only else pieces.longest,
+        max_length_k=pieces.longest,
+    )
+    return out[0]
+
+
+def _plain(
+    q_PHRE: torch.Tensor, k_PGLE: torch.Tensor, v_PGLE: torch.Tensor, scale: float, *, causal: bool
+) -> torch.Tensor:
+    """Attention written out, softmax in float32: [P, H, R, E].
+
+    Query heads that share a key head are rows of one matrix product.
+    """
+    pieces, heads, rows, width = q_PHRE.shape
+    shared, columns = k_PGLE.shape[1], k_PGLE.shape[2]
+    q = q_PHRE.reshape(pieces, shared, heads // shared * rows, width)
+    scores = (q @ k_PGLE.transpose(2, 3)).view(pieces, heads, rows, columns).float() * scale
+    if causal:
+        scores = scores + _causal_mask(rows, q.device)
+    weights = scores.softmax(dim=-1).to(q.dtype).view(pieces, shared, -1, columns)
+    return (weights @ v_PGLE).view(pieces, heads, rows, width)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _causal_mask(length: int, device: torch.device) -> torch.Tensor:
+    """0 where a row may look, -inf beyond."""
+    return torch.full((length, length), -math.inf, device=device).triu_(1)

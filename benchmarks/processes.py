@@ -20,9 +20,9 @@ def tool(name: str, *words: object) -> None:
 
 
 @contextlib.contextmanager
-def launched(ranks: int, words: Sequence[object], log: Path) -> Iterator[psutil.Popen]:
-    """launch/train.py with `words` on `ranks` ranks, its output in `log`; nothing of its session is left behind."""
-    command = [DEEPSPEED, "--num_gpus", ranks, "--master_port", free_port(), "launch/train.py", *words]
+def launched(ranks: int, words: Sequence[object], log: Path, script: str = "launch/train.py") -> Iterator[psutil.Popen]:
+    """`script` with `words` on `ranks` ranks, its output in `log`; nothing of its session is left behind."""
+    command = [DEEPSPEED, "--num_gpus", ranks, "--master_port", free_port(), script, *words]
     with log.open("w") as file:
         launcher = psutil.Popen(
             [str(word) for word in command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True

@@ -79,17 +79,16 @@ def _read(module: nn.Module) -> _Layer | None:
 
 
 def _keep_mask(x_NK: torch.Tensor, p: float) -> torch.Tensor:
-    """int8 [N, K]: 1 with probability 1 - p, else 0; follows from torch's generator."""
+    """Like x: 1 with probability 1 - p, else 0; follows from torch's generator."""
     if x_NK.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty(x_NK.shape, dtype=torch.int8, device=x_NK.device).bernoulli_(1 - p)
+        return torch.empty_like(x_NK).bernoulli_(1 - p)
     # torch's bernoulli_ takes a number of 53 bits for every element, one after the other: more time than the matrix
     # products of the layer. 16 bits an element are enough for a probability.
     seed = int(torch.empty((), dtype=torch.int64).random_())
     count = x_NK.numel()
     words = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, -(-count // LANES), dtype=np.uint64)
     lanes = torch.from_numpy(words.view(np.int16))[:count].view(x_NK.shape)
-    keep_NK = torch.empty(x_NK.shape, dtype=torch.int8)
-    return torch.ge(lanes, round(p * 2**16) - 2**15, out=keep_NK)
+    return torch.ge(lanes, round(p * 2**16) - 2**15, out=torch.empty_like(x_NK))
 
 
 class _Projections(torch.autograd.Function):
@@ -102,7 +101,7 @@ class _Projections(torch.autograd.Function):
         downs = [layer.down_RK for layer in layers if layer.down_RK is not None]
         low_NS = None
         if downs:
-            dropped_NK = x_NK if keep_NK is None else x_NK * keep_NK.to(x_NK.dtype)
+            dropped_NK = x_NK if keep_NK is None else x_NK * keep_NK
             low_NS = F.linear(dropped_NK, torch.cat(downs))
         outputs, start = [], 0
         for layer, factor in zip(layers, factors, strict=True):
@@ -122,7 +121,6 @@ class _Projections(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         x_NK, keep_NK, low_NS, *tensors = ctx.saved_tensors
         layers = [_Layer(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
-        keep = None if keep_NK is None else keep_NK.to(x_NK.dtype)
         lows, ups, start = [], [], 0
         for layer, factor, grad_NO in zip(layers, ctx.factors, grads, strict=True):
             if layer.up_OR is not None:
@@ -138,13 +136,13 @@ class _Projections(torch.autograd.Function):
                 grad_x.addmm_(grad_NO, layer.weight_OK)
             if grad_low_NS is not None:
                 down_SK = torch.cat([layer.down_RK for layer in layers if layer.down_RK is not None])
-                if keep is None:
+                if keep_NK is None:
                     grad_x.addmm_(grad_low_NS, down_SK)
                 else:
-                    grad_x.addcmul_(grad_low_NS @ down_SK, keep)
+                    grad_x.addcmul_(grad_low_NS @ down_SK, keep_NK)
         grad_downs: list[torch.Tensor] = []
         if grad_low_NS is not None:
-            grad_down_SK = grad_low_NS.t() @ (x_NK if keep is None else x_NK * keep)
+            grad_down_SK = grad_low_NS.t() @ (x_NK if keep_NK is None else x_NK * keep_NK)
             grad_downs = list(grad_down_SK.split([low.shape[1] for low in lows]))
         result: list[Any] = []
         for layer in layers:

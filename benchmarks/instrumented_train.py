@@ -1,0 +1,101 @@
+"""launch/train.py with a clock around the parts of a step; throughput.py starts it through the launcher.
+
+    deepspeed benchmarks/instrumented_train.py RECIPE key=value ...
+
+Writes parts.json into output_dir: for each optimizer step of the main rank the seconds of each part. The device is
+waited for around every part, which costs a little of what it measures on a GPU and nothing on a CPU.
+"""
+
+import json
+import os
+import runpy
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS_NAME = "parts.json"
+
+
+class Clock:
+    """Seconds of nested parts, each without those inside it."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._now: defaultdict[str, float] = defaultdict(float)
+        self._inside: list[float] = []  # of each part that is open, the seconds of those within
+        self._began = time.perf_counter()
+
+    def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        from deepspeed.accelerator import get_accelerator
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            get_accelerator().synchronize()
+            start = time.perf_counter()
+            self._inside.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                get_accelerator().synchronize()
+                took = time.perf_counter() - start
+                self._now[part] += took - self._inside.pop()
+                if self._inside:
+                    self._inside[-1] += took
+
+        return timed
+
+    def end_step(self) -> None:
+        now = time.perf_counter()
+        rest = now - self._began - sum(self._now.values())
+        self.steps.append({**self._now, "other": rest})
+        self._now.clear()
+        self._began = now
+
+
+def instrument(clock: Clock) -> None:
+    import deepspeed
+    import torch
+
+    from vidcls.data.batch import Batch
+    from vidcls.data.reading import BatchReader
+    from vidcls.model.classifier import ActionClassifier
+    from vidcls.training import loop
+
+    def wrap(owner: Any, name: str, part: str) -> None:
+        setattr(owner, name, clock.around(part, getattr(owner, name)))
+
+    wrap(BatchReader, "__next__", "data wait")
+    wrap(Batch, "to", "host to device")
+    wrap(ActionClassifier, "_encode_video", "vision")
+    wrap(deepspeed.DeepSpeedEngine, "forward", "language forward")
+    wrap(deepspeed.DeepSpeedEngine, "backward", "backward")
+    wrap(deepspeed.DeepSpeedEngine, "step", "optimizer")
+    for name in ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast"):
+        wrap(torch.distributed, name, "communication")
+    train_step = loop.train_step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = train_step(*args, **kwargs)
+        clock.end_step()
+        return result
+
+    loop.train_step = step
+
+
+def main() -> None:
+    from vidcls.command import command_arguments
+    from vidcls.config import load_config
+
+    words = command_arguments()
+    output = Path(load_config(words[0], words[1:]).run.output_dir)
+    clock = Clock()
+    instrument(clock)
+    runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
+    if os.environ.get("RANK", "0") == "0":
+        (output / PARTS_NAME).write_text(json.dumps(clock.steps), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

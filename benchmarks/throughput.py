@@ -1,0 +1,230 @@
+"""Training clips a second: vidcls through its launcher, a bare PyTorch loop, and the usual way, taking turns.
+
+    python benchmarks/throughput.py --shape 3b --model DIR
+    python benchmarks/throughput.py --shape tiny --steps 30
+
+Contestants train the same model (random weights) on the same clips with the same settings, each in processes of its
+own, one after the other in every round: `vidcls` is launch/train.py, `bare loop` is bare_loop.py, `usual way` is
+usual_way.py. The last run is once more vidcls, taken apart by instrumented_train.py. The ceiling, the machine's best
+rate of bf16 matrix products, is measured in the bare loop's process, and the operations of a step are counted there:
+what a LoRA step needs, no gradients of frozen weights, no recomputing.
+
+Warm-up steps are left out; figures are medians over the steps of all rounds, ratios are taken within a round. Exit
+codes: 0 done, 1 a contestant failed (its log is shown), 2 wrong options.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from instrumented_train import PARTS_NAME
+from processes import ROOT, launched, tool
+from rounds import RESULTS, Ratio, Spread, conditions, show_ratios, table, take_turns, write_json
+
+PACKAGES = ("torch", "deepspeed", "transformers", "peft")
+BARE, USUAL, OURS = "bare loop", "usual way", "vidcls"
+WARM_UP = 2  # steps of vidcls that do not count: the self-check looks at them
+BARS = {BARE: 0.97, USUAL: 2.5}
+
+
+class Bench:
+    """One benchmark: its inputs below `work`, and a run of each contestant."""
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work = args, work
+        self.model = args.model or work / "model"
+        if not args.model:
+            tool("make_random_checkpoint.py", "--shape", args.shape, "--out", self.model)
+        videos = ("--per-class", 8, "--frames", 60, "--size", args.video_size)
+        tool("make_motion_clips.py", "--out", work / "videos", *videos)
+        cut = ("--frames", args.frames, "--short-side", args.size, "--workers", 0)
+        tool("make_shards.py", "folder", "--videos", work / "videos", "--out", work / "shards", *cut)
+        self.bare: list[dict[str, Any]] = []
+        self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, BARE, USUAL)}
+
+    def words(self, output: Path, steps: int) -> list[str]:
+        args = self.args
+        options = {
+            "model_name_or_path": self.model,
+            "dataset": self.work / "shards",
+            "num_action_classes": "null",
+            "eval_dataset": "null",
+            "eval_strategy": "no",
+            "horizontal_flip": 0,
+            "temporal_jitter": "false",
+            "finetuning_type": args.tuning,
+            "lora_rank": args.lora_rank,
+            "lora_dropout": args.lora_dropout,
+            "video_maxlen": args.frames,
+            "video_max_pixels": args.size**2,
+            "dataloader_num_workers": args.workers,
+            "per_device_train_batch_size": args.micro_batch,
+            "gradient_accumulation_steps": 1,
+            "max_steps": steps,
+            "logging_steps": 1,
+            "save_steps": 10**6,
+            "plot_loss": "false",
+            "html_report": "false",
+            "report_to": "none",
+            "deepspeed": f"ds_configs/zero{args.stage}.json",
+            "output_dir": output,
+        }
+        return ["launch/recipes/ucf101.yaml", *(f"{k}={v}" for k, v in options.items()), *args.option]
+
+    def ours(self, script: str = "launch/train.py") -> Path:
+        output = Path(tempfile.mkdtemp(dir=self.work))
+        log = output.with_suffix(".log")
+        steps = self.args.steps + WARM_UP
+        with launched(self.args.ranks, self.words(output / "run", steps), log, script) as launcher:
+            launcher.wait()
+        if launcher.returncode:
+            raise RuntimeError(f"{OURS} failed:\n{log.read_text()[-3000:]}")
+        return output / "run"
+
+    def run_ours(self) -> float:
+        lines = (self.ours() / "train_log.jsonl").read_text().splitlines()
+        clips = self.args.micro_batch * self.args.ranks
+        return self._keep(OURS, [clips / json.loads(line)["samples_per_second"] for line in lines[WARM_UP:]])
+
+    def run_script(self, name: str, script: str, *options: object) -> float:
+        out = Path(tempfile.mkdtemp(dir=self.work)) / "figures.json"
+        words = [f"benchmarks/{script}", *self.words(out.parent / "run", self.args.steps + 1)]
+        command = [sys.executable, *words, "--steps", self.args.steps, "--out", out, *options]
+        done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
+        figures = json.loads(out.read_text())
+        if name == BARE:
+            self.bare.append(figures)
+        return self._keep(name, figures["seconds"])
+
+    def _keep(self, name: str, seconds: list[float]) -> float:
+        """Clips a second of this round."""
+        self.seconds[name] += seconds
+        ranks = self.args.ranks if name == OURS else 1
+        return self.args.micro_batch * ranks / statistics.median(seconds)
+
+    def contestants(self) -> dict[str, Any]:
+        every = {
+            OURS: self.run_ours,
+            BARE: lambda: self.run_script(BARE, "bare_loop.py", "--ceiling"),
+            USUAL: lambda: self.run_script(USUAL, "usual_way.py", "--videos", self.work / "videos"),
+        }
+        return {name: every[name] for name in (OURS, *self.args.against)}
+
+    def parts(self) -> dict[str, float]:
+        """Shares of a step's time, medians over the steps."""
+        steps = json.loads((self.ours("benchmarks/instrumented_train.py") / PARTS_NAME).read_text())[WARM_UP:]
+        names = list(dict.fromkeys(name for step in steps for name in step))
+        seconds = {name: statistics.median(step.get(name, 0.0) for step in steps) for name in names}
+        return {name: value / sum(seconds.values()) for name, value in seconds.items()}
+
+
+def ceiling(bench: Bench, seconds: float) -> dict[str, float]:
+    """Model-FLOPs use of vidcls's step of `seconds`, and of a step that were nothing but its products."""
+    flops = bench.bare[0]["flops"]
+    best = max(figures["peak_flops_per_second"] for figures in bench.bare)
+    alone = statistics.median(figures["products_alone_seconds"] for figures in bench.bare)
+    return {
+        "TFLOP of matrix products in a step": flops / 1e12,
+        "best matrix products, TFLOP/s": best / 1e12,
+        "model-FLOPs use": flops / seconds / best,
+        "the same, of the step's products alone": flops / alone / best,
+        "products alone / whole step": alone / seconds,
+    }
+
+
+def draw(path: Path, rates: dict[str, Spread], parts: dict[str, float], title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    names = list(rates)
+    middles = [rates[name].median for name in names]
+    errors = [[r.median - r.least for r in rates.values()], [r.most - r.median for r in rates.values()]]
+    bars = left.bar(names, middles, yerr=errors, color=["tab:blue", "tab:gray", "tab:orange"][: len(names)], capsize=4)
+    left.bar_label(bars, fmt="%.3g", padding=3)
+    left.set_ylabel("training clips / s")
+    left.margins(y=0.15)
+    shown = dict(sorted(parts.items(), key=lambda item: item[1]))
+    right.barh(list(shown), [100 * share for share in shown.values()], color="tab:blue")
+    right.set_xlabel("per cent of a step (vidcls)")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="tiny", help="tiny, or one of make_random_checkpoint.py (default: tiny)")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint of that shape instead of a new one")
+    parser.add_argument("--stage", type=int, choices=(2, 3), default=2, help="ZeRO stage (default: 2)")
+    parser.add_argument("--ranks", type=int, default=1, help="of vidcls; the others have one process (default: 1)")
+    parser.add_argument("--frames", type=int, default=16, help="per clip (default: 16)")
+    parser.add_argument("--size", type=int, default=112, help="height and width of a frame in pixels (default: 112)")
+    parser.add_argument("--video-size", type=int, default=240, help="of the videos, in pixels (default: 240)")
+    parser.add_argument("--micro-batch", type=int, default=2, help="clips per forward (default: 2)")
+    parser.add_argument("--tuning", choices=("lora", "full"), default="lora", help="finetuning_type (default: lora)")
+    parser.add_argument("--lora-rank", type=int, default=16, help="(default: 16)")
+    parser.add_argument("--lora-dropout", type=float, default=0.05, help="(default: 0.05, as in the recipes)")
+    parser.add_argument("--workers", type=int, default=1, help="loader processes (default: 1)")
+    parser.add_argument("--steps", type=int, default=5, help="that count, in each round (default: 5)")
+    parser.add_argument("--rounds", type=int, default=2, help="(default: 2)")
+    parser.add_argument(
+        "--against",
+        nargs="*",
+        choices=(BARE, USUAL),
+        default=[BARE, USUAL],
+        help="default: both; the bare loop is the ceiling's",
+    )
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="further recipe keys")
+    parser.add_argument("--name", help="of the result files (default: throughput_SHAPE)")
+    return parser
+
+
+def main() -> int:
+    args = options().parse_args()
+    with tempfile.TemporaryDirectory(prefix="throughput_") as folder:
+        try:
+            bench = Bench(args, Path(folder))
+            rounds = take_turns(bench.contestants(), args.rounds)
+            parts = bench.parts()
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        words = bench.words(Path("OUT"), args.steps)
+    rates = {name: Spread.of(values) for name, values in rounds.items()}
+    ratios = [Ratio.of(f"{OURS} / {n}", rounds[OURS], rounds[n], BARS[n]) for n in args.against]
+    seconds = {name: Spread.of(values) for name, values in bench.seconds.items() if values}
+    batch = f"{args.ranks} x {args.micro_batch} clips of {args.frames} x {args.size}x{args.size}"
+    title = f"{args.shape}, ZeRO-{args.stage}, {args.tuning}, {batch}"
+    table(title, ("contestant", "clips / s", "seconds a step"), [(n, rates[n], seconds[n]) for n in rates])
+    show_ratios("within one round", ratios)
+    table("a step of vidcls", ("part", "share"), [(name, f"{share:.1%}") for name, share in parts.items()])
+    use = ceiling(bench, seconds[OURS].median / args.ranks) if BARE in args.against else {}
+    table("against the ceiling", ("figure", "value"), [(name, f"{value:.3g}") for name, value in use.items()])
+    name = args.name or f"throughput_{args.shape}"
+    result = {
+        "conditions": conditions(*PACKAGES),
+        "options": {key: str(value) for key, value in vars(args).items()},
+        "recipe": words,
+        "clips_per_second": rates,
+        "step_seconds": seconds,
+        "ratios": ratios,
+        "parts": parts,
+        "ceiling": use,
+    }
+    write_json(RESULTS / f"{name}.json", result)
+    draw(RESULTS / f"{name}.png", rates, parts, title)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -91,7 +91,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        for check in (_check_data, _check_model, _check_evaluation):
+        for check in (_check_data, _check_model, _check_vision_cache, _check_evaluation):
             if problem := check(self):
                 raise ValueError(problem)
         batch_plan(self.optim, world_size=None)
@@ -294,6 +294,26 @@ def _check_model(config: Config) -> str | None:
         )
     if optim.focal_gamma != OptimOptions.model_fields["focal_gamma"].default and optim.loss_type != "focal":
         return f"focal_gamma: {optim.focal_gamma} has no effect with loss_type {optim.loss_type!r}; use focal"
+    return None
+
+
+def _check_vision_cache(config: Config) -> str | None:
+    """Stored features are those of a tower that never changes, and of pixels that never do."""
+    folder = config.data.vision_cache
+    if folder is None:
+        return None
+    for key in ("vision_tuning", "merger_tuning"):
+        if (value := getattr(config.model, key)) != "frozen":
+            return f"vision_cache: {folder!r} needs {key} 'frozen', not {value!r}: what is stored would be out of date"
+    for each in config.train_sets:
+        for key, field in AugmentOptions.model_fields.items():
+            value = getattr(each.augment, key)
+            if key != "mirror_pairs" and value != field.default:
+                where = f" of {each.name!r}" if config.data.datasets is not None else ""
+                return (
+                    f"vision_cache: {folder!r} does not go with {key} {value}{where}: features are stored of clips as "
+                    f"they are; leave one out"
+                )
     return None
 
 

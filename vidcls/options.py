@@ -143,6 +143,9 @@ class DataOptions(Section):
         None, description="where shards of a URL are kept on each node (default: $VIDCLS_CACHE, or a temporary folder)"
     )
     cache_gb: float = Field(DEFAULT_CACHE_GB, gt=0, le=10**6, description="size of that cache in 10^9 bytes")
+    vision_cache: str | None = Field(
+        None, description="read stored features of a frozen vision tower from this folder (tools/cache_features.py)"
+    )
     preprocessing_num_workers: int = Field(1, ge=1, description="threads that check all prompts before training")
     dataloader_num_workers: int = Field(1, ge=0, description="loader processes per rank")
 

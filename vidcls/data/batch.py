@@ -2,7 +2,8 @@
 
 `Batch` holds exactly what the classifier's forward takes, plus what the loss needs.
 
-Tensor name suffixes: B clips in the batch, L padded sequence length. Shapes: T frames, H height, W width.
+Tensor name suffixes: B clips in the batch, L padded sequence length, N video tokens, D their width. Shapes: T frames,
+H height, W width.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class PreparedClip:
-    """One clip as the model takes it: frames uint8 [T, H, W, 3] with T a multiple of the temporal patch.
+    """One clip as the model takes it: frames uint8 [T, H, W, 3] with T a multiple of the temporal patch, or none ([0])
+    where stored features stand for them.
 
     head: which head classifies it. source: which data set it is from. partner, share: a second label and its part of
     the target, where two clips were mixed. bad: why it could not be read; its frames are black then, and its weight 0.
@@ -107,7 +109,7 @@ class PreparedClip:
 class Batch:
     """Several clips. Rows with weight 0 are padding: computed, never counted."""
 
-    frames: torch.Tensor  # uint8, every clip's [T, H, W, 3] raveled and joined
+    frames: torch.Tensor  # uint8, every clip's [T, H, W, 3] raveled and joined; none with features_ND
     grid_thw: tuple[Grid, ...]  # patches in time, height and width, per clip, on the host
     lengths: tuple[int, ...]  # tokens of each row, on the host
     input_ids_BL: torch.Tensor  # right padded
@@ -121,6 +123,7 @@ class Batch:
     weights_B: torch.Tensor  # float32
     keys: tuple[str, ...]
     answer_labels_BL: torch.Tensor | None = None  # int64, the next token where an answer is to be said, else -100
+    features_ND: torch.Tensor | None = None  # stored vision features, clip after clip: the tower is not called then
     # (data set and key, reason) of rows that could not be read: black, label 0, weight 0
     bad: tuple[tuple[str, str], ...] = ()
 
@@ -134,7 +137,7 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of ActionClassifier.forward."""
-        answers = {} if self.answer_labels_BL is None else {"answer_labels_BL": self.answer_labels_BL}
+        optional = {"answer_labels_BL": self.answer_labels_BL, "features_ND": self.features_ND}
         return {
             "frames": self.frames,
             "grid_thw": self.grid_thw,
@@ -143,11 +146,15 @@ class Batch:
             "position_ids_3BL": self.position_ids_3BL,
             "action_positions_B": self.action_positions_B,
             "heads_B": self.heads_B,
-            **answers,
+            **{name: tensor for name, tensor in optional.items() if tensor is not None},
         }
 
     def to(self, device: torch.device) -> Batch:
         return self._each_tensor(lambda t: t.to(device, non_blocking=True))
+
+    def clone(self) -> Batch:
+        """A copy in memory of its own: the loader fills that of a batch again."""
+        return self._each_tensor(lambda t: t.clone())
 
     def pin_memory(self) -> Batch:
         return self._each_tensor(lambda t: t.pin_memory())
@@ -156,14 +163,19 @@ class Batch:
         """One row as a batch of its own, without the others' padding. Of batches without answers."""
         assert self.answer_labels_BL is None
         patches = [math.prod(grid) for grid in self.grid_thw]
-        values = self.frames.numel() // sum(patches)  # of one patch
-        start, end = (sum(patches[:count]) * values for count in (row, row + 1))
+        start, end = (sum(patches[:count]) for count in (row, row + 1))
+
+        def cut(joined: torch.Tensor) -> torch.Tensor:
+            """What belongs to the row of values, or tokens, that every clip has in proportion to its patches."""
+            return joined[start * len(joined) // sum(patches) : end * len(joined) // sum(patches)]
+
         one, length = slice(row, row + 1), self.lengths[row]
         rows = {f.name: getattr(self, f.name)[one] for f in fields(self) if f.name.endswith("_B")}
         return replace(
             self,
             **rows,
-            frames=self.frames[start:end],
+            frames=cut(self.frames),
+            features_ND=None if self.features_ND is None else cut(self.features_ND),
             grid_thw=self.grid_thw[one],
             lengths=self.lengths[one],
             input_ids_BL=self.input_ids_BL[one, :length],

@@ -1,7 +1,7 @@
 """From shards and an order to batches of uint8 frames, token ids and positions.
 
 Workers read, decode, augment and resize; normalising and patchifying happen on the device (model/patches.py), so that
-one byte per colour value crosses process and bus.
+one byte per colour value crosses process and bus. Where a data set has stored vision features, they are read instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 from vidcls.data.augment import AugmentSettings, augment_clip, mix_clips, mix_plan
 from vidcls.data.batch import Batch, ClipEncoder, ClipShape, EncodedText, PreparedClip, collate, seconds_per_grid
 from vidcls.data.codecs import FrameError, decode_frames
+from vidcls.data.features import ClipFacts, FeatureCache
 from vidcls.data.frames import Views, controlled, dense, dense_view, jittered, square, view
 from vidcls.data.index import ShardError, ShardIndex
 from vidcls.data.joint import JointOrder, source_seed
@@ -26,6 +27,7 @@ from vidcls.data.order import StepLayout, evaluation_chunks
 from vidcls.data.shards import ShardReader
 
 TEXTS_KEPT = 512
+NO_FRAMES = np.empty(0, dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,16 @@ class Request:
 class ClipSource:
     """A data set as it is read.
 
-    prompt: for clips that store none. head: which head classifies its clips. In training also: ids: the samples that
-    take part, from which mixing draws its partners; shards_apart: partners come from the clip's own shard, because
-    others may not be at hand; mirror: int [C], the label of each class when flipped, -1 where it must not be.
+    prompt: for clips that store none. head: which head classifies its clips. features: of all its clips, complete: they
+    are read instead of frames, which are then neither augmented nor seen in other views. In training also: ids: the
+    samples that take part, from which mixing draws its partners; shards_apart: partners come from the clip's own shard,
+    because others may not be at hand; mirror: int [C], the label of each class when flipped, -1 where it must not be.
     """
 
     index: ShardIndex
     prompt: str
     head: int = 0
+    features: FeatureCache | None = None
     augment: AugmentSettings | None = None
     mirror: np.ndarray | None = None
     ids: np.ndarray | None = None
@@ -146,11 +150,19 @@ class ClipBatches:
         self.skip_bad = skip_bad
         self.answers = answers
         self.views = views or Views()
+        caches = {None if source.features is None else source.features.origin.token_bytes for source in self.sources}
+        assert len(caches) == 1, "a batch is of frames or of features of one kind"
+        self._features = self.sources[0].features
+        assert self._features is None or self.views == Views(), self.views
         self._readers = [ShardReader(source.index) for source in self.sources]
         # Few texts differ: clips of one size and frame rate share theirs. They are never written to.
         self._encode = lru_cache(maxsize=TEXTS_KEPT)(encoder.encode)
         self._announced: tuple[tuple[int, int], ...] = ()
         self._by_shard: dict[int, list[np.ndarray]] = {}
+
+    def most_bytes(self) -> int:
+        """Of the frames or features of one clip, at most."""
+        return max(map(self._clip_bytes, self.shapes()))
 
     def shapes(self) -> set[ClipShape]:
         """Every different shape that clips of these data sets have."""
@@ -177,19 +189,28 @@ class ClipBatches:
         return told if rest <= 0 else f"{told} and {rest} more"
 
     def read(self, request: Request, into: np.ndarray | None = None) -> Batch:
-        """The batch; its frames lie at the start of `into` (uint8), if that is given."""
+        """The batch; its frames or features lie at the start of `into` (uint8), if that is given."""
         self._announce(request.ahead)
         rows = self._rows(request)
-        shapes = [row.shape for row in rows]
-        ends = list(itertools.accumulate(shape.bytes for shape in shapes))
-        frames = np.empty(ends[-1], dtype=np.uint8) if into is None else into[: ends[-1]]
-        clips = [
-            self._clip(row, frames[end - row.shape.bytes : end].reshape(row.shape.shape))
-            for row, end in zip(rows, ends, strict=True)
-        ]
+        ends = list(itertools.accumulate(self._clip_bytes(row.shape) for row in rows))
+        data = np.empty(ends[-1], dtype=np.uint8) if into is None else into[: ends[-1]]
+        clips = [self._clip(row, data[start:end]) for row, start, end in zip(rows, [0, *ends], ends, strict=False)]
         # Two data sets may have equal keys. A padding batch reads a clip that another batch counts, bad or not.
         bad = tuple((f"{clip.source}/{clip.key}", clip.bad) for clip in clips if clip.bad and request.weight)
-        return replace(collate(clips, request.weight, frames), bad=bad)
+        if self._features is None:
+            return replace(collate(clips, request.weight, data), bad=bad)
+        features_ND = self._features.tensor(data)
+        return replace(collate(clips, request.weight, NO_FRAMES), bad=bad, features_ND=features_ND)
+
+    def facts(self, source: int, sample: int) -> ClipFacts:
+        """What stored features of a clip must hold beside them; ShardError. Its frames are chosen as in evaluation."""
+        (row,) = self._rows(Request((sample,), (source,)))
+        about = self._readers[source].read(sample).about
+        times = [about.frame_times[i] for i in self._chosen(row)]
+        return ClipFacts(seconds_per_grid(times, self.encoder), about.answer)
+
+    def _clip_bytes(self, shape: ClipShape) -> int:
+        return shape.bytes if self._features is None else self._features.origin.clip_bytes(shape.grid)
 
     def _rows(self, request: Request) -> list[_Row]:
         rows = []
@@ -206,12 +227,17 @@ class ClipBatches:
         return rows
 
     def _clip(self, row: _Row, out: np.ndarray) -> PreparedClip:
+        """The clip of a row; its frames, or its stored features, are put into `out`, uint8 of just their size."""
         source = self.sources[row.source]
+        if source.features is None:
+            frames = out = out.reshape(row.shape.shape)
+        else:
+            frames = NO_FRAMES
         index, key = source.index, source.index.keys[row.sample]
         prompt = index.prompt_of(row.sample) or source.prompt
-        about = {"key": key, "frames": out, "grid": row.shape.grid, "head": source.head, "source": row.source}
+        about = {"key": key, "frames": frames, "grid": row.shape.grid, "head": source.head, "source": row.source}
         try:
-            own = self._read_frames(row, out)
+            own = self._read_frames(row, out) if source.features is None else self._read_features(row, out)
         except (ShardError, FrameError) as error:
             if not self.skip_bad:
                 raise
@@ -265,6 +291,15 @@ class ClipBatches:
             ends = np.cumsum(np.bincount(shard, minlength=len(source.index.shards)))
             self._by_shard[row.source] = np.split(source.ids[np.argsort(shard, kind="stable")], ends[:-1])
         return self._by_shard[row.source][source.index.shard[row.sample]]
+
+    def _read_features(self, row: _Row, out: np.ndarray) -> _Seen:
+        """Put the stored features into `out`."""
+        source = self.sources[row.source]
+        assert source.features is not None
+        facts = source.features.read(row.sample, out)
+        label = int(source.index.label[row.sample])
+        name = source.index.labels.names[label]
+        return _Seen(label, name, facts.seconds_per_grid, name if facts.answer is None else facts.answer, False)
 
     def _read_frames(self, row: _Row, out: np.ndarray) -> _Seen:
         """Decode, augment and resize the chosen frames into `out`."""
@@ -335,7 +370,7 @@ class ClipBatches:
 
     def _announce(self, ahead: tuple[tuple[int, int], ...]) -> None:
         """Have shards fetched that will be needed."""
-        if ahead == self._announced:
+        if ahead == self._announced or self._features is not None:
             return
         self._announced = ahead
         worker = get_worker_info()

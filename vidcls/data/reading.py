@@ -95,7 +95,7 @@ def _read_by_workers(clips: ClipBatches, requests: Iterator[Request], workers: i
     first = list(itertools.islice(requests, 1))
     most = max((len(request.samples) for request in first), default=1)
     # Two more than are under way: the one that the consumer is given, and the one that it still has.
-    slots = FrameSlots(PREFETCHED * workers + 2, most * max(shape.bytes for shape in clips.shapes()))
+    slots = FrameSlots(PREFETCHED * workers + 2, most * clips.most_bytes())
     tasks = (
         (request, slots.take() if len(request.samples) <= most else None)
         for request in itertools.chain(first, requests)
@@ -123,7 +123,7 @@ def _read_by_workers(clips: ClipBatches, requests: Iterator[Request], workers: i
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A Batch on its way out of a worker: its frames stay in their slot, if they have one.
+    """A Batch on its way out of a worker: its frames or features (the bulk) stay in their slot, if they have one.
 
     Everything else is pickled as arrays; each tensor would travel as a file descriptor, which takes longer.
     """
@@ -131,23 +131,28 @@ class _Parcel:
     arrays: dict[str, np.ndarray]
     rest: dict[str, Any]
     slot: int | None
-    frame_bytes: int
+    bulk: str  # its field
+    bulk_dtype: torch.dtype
+    bulk_shape: torch.Size
+    bulk_bytes: int
+    unslotted: np.ndarray | None  # uint8, the bulk, if it has no slot
 
     @classmethod
     def pack(cls, batch: Batch, slot: int | None) -> _Parcel:
         values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+        bulk = "frames" if batch.features_ND is None else "features_ND"
+        tensor = values.pop(bulk)
         arrays = {name: value.numpy() for name, value in values.items() if isinstance(value, torch.Tensor)}
         rest = {name: value for name, value in values.items() if name not in arrays}
-        size = arrays["frames"].size
-        if slot is not None:
-            del arrays["frames"]
-        return cls(arrays, rest, slot, size)
+        unslotted = tensor.view(torch.uint8).numpy().reshape(-1) if slot is None else None
+        return cls(arrays, rest, slot, bulk, tensor.dtype, tensor.shape, tensor.nbytes, unslotted)
 
     def unpack(self, slots: FrameSlots) -> Batch:
-        arrays = self.arrays
-        if self.slot is not None:
-            arrays = {**arrays, "frames": slots.borrow(self.slot, self.frame_bytes)}
-        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        data = self.unslotted if self.slot is None else slots.borrow(self.slot, self.bulk_bytes)
+        assert data is not None
+        # NumPy has no bfloat16.
+        tensors[self.bulk] = torch.from_numpy(data).view(self.bulk_dtype).view(self.bulk_shape)
         return Batch(**self.rest, **tensors)
 
 

@@ -21,11 +21,14 @@ class InUseError(ValueError):
     """Another run writes into the folder."""
 
 
-def lock_output(folder: Path) -> None:
+def lock_output(folder: Path, field: str = "output_dir") -> None:
     """Hold `folder` for this process until it ends; nothing happens when it holds it already. One rank calls it.
 
     A POSIX lock: a network file system knows it on all hosts, forked workers do not keep it, and the kernel takes it
     back from the dead.
+
+    Args:
+        field: of the recipe, that the folder is from.
 
     Raises:
         InUseError: another run holds it; names host and process.
@@ -53,7 +56,7 @@ def lock_output(folder: Path) -> None:
                 owner = file.read().strip() or "another process"
                 file.close()
                 raise InUseError(
-                    f"output_dir: {str(folder)!r} is in use by another run ({owner}); wait for it, stop it, or give "
+                    f"{field}: {str(folder)!r} is in use by another run ({owner}); wait for it, stop it, or give "
                     "another folder"
                 ) from None
             time.sleep(0.25)

@@ -25,10 +25,12 @@ weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm ema_decay
 lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps num_train_epochs max_steps
 stage loss_type focal_gamma label_smoothing class_balance_beta lm_loss_weight
 """
-# Places (what lies there is compared by its digest), the start of a run that has started, kernels, how a global batch
-# (which is compared) is split, clips that cannot be read, evaluation, saving, logging, and limits.
+# Places (what lies there is compared by its digest; stored features are those of the same tower, or refused), the start
+# of a run that has started, kernels, how a global batch (which is compared) is split, clips that cannot be read,
+# evaluation, saving, logging, and limits.
 _FREE = """
 model_name_or_path trust_remote_code dataset datasets dataset_dir eval_dataset cache_dir cache_gb output_dir
+vision_cache
 adapter_name_or_path action_decoder_path action_decoder_init num_action_classes
 flash_attn enable_liger_kernel gradient_checkpointing torch_compile deepspeed
 per_device_train_batch_size gradient_accumulation_steps train_batch_size

@@ -12,6 +12,7 @@ import numpy as np
 
 from vidcls.config import Config, ConfigError, TrainSet
 from vidcls.data.augment import AugmentSettings
+from vidcls.data.features import FeatureCache
 from vidcls.data.index import ShardIndex
 from vidcls.data.joint import JointOrder, Part, quotas, select, source_seed
 from vidcls.data.labels import LabelSpace
@@ -32,6 +33,7 @@ class TrainData:
     held_out: np.ndarray
     mirror: np.ndarray | None  # the label of each class when flipped (mirror_for)
     shuffled: int | None  # shards that are shuffled together; None: everything, without a window
+    features: FeatureCache | None = None  # of a frozen vision tower, where they are stored
 
     def counts(self) -> np.ndarray:
         """Training clips of each class, int64 [C], as they are expected after flips: rounded, and at least 1 of a class
@@ -76,6 +78,7 @@ class DataSets:
                 part.index,
                 part.about.prompt,
                 head=heads.index(part.about.head),
+                features=part.features,
                 augment=augment_settings(part.about.augment),
                 mirror=part.mirror,
                 ids=part.ids,
@@ -194,5 +197,8 @@ def describe(sets: DataSets) -> Sequence[str]:
         share = f", {joined.quota / len(sets.order):.1%} of the stream" if len(sets.parts) > 1 else ""
         held = f", {len(part.held_out)} held out" if len(part.held_out) else ""
         classes = len(part.index.labels)
-        lines.append(f"{part.about.name}: {len(part.ids)} clips{held}, {classes} classes{share}, {part.about.place}")
+        stored = f", features from {part.features.folder}" if part.features else ""
+        lines.append(
+            f"{part.about.name}: {len(part.ids)} clips{held}, {classes} classes{share}, {part.about.place}{stored}"
+        )
     return lines

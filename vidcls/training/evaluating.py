@@ -282,12 +282,17 @@ class Evaluations:
         return difference < 0 if self.metric in LOWER_IS_BETTER else difference > 0
 
 
-def _views(config: Config, clips: Sequence[EvalClips], frames: FrameChoice) -> Views:
+def eval_views(config: Config) -> Views:
+    """Those of the recipe; ConfigError unless they are legal."""
     asked: dict[str, Any] = config.eval.views
     try:
-        views = Views(**asked)
+        return Views(**asked)
     except ValueError as error:
         raise ConfigError(f"views: {error}") from None
+
+
+def _views(config: Config, clips: Sequence[EvalClips], frames: FrameChoice) -> Views:
+    views = eval_views(config)
     most = max(int(each.source.index.frames.max()) for each in clips)
     if views.segments > 1 and most <= frames.most:
         raise ConfigError(

@@ -24,11 +24,12 @@ from vidcls.model.weights import fingerprint
 from vidcls.training.checkpoint import check_average
 from vidcls.training.continuing import check_changes, check_continues
 from vidcls.training.data_sets import DataSets, open_data_sets
-from vidcls.training.evaluating import Evaluations, Schedule, open_eval_clips
+from vidcls.training.evaluating import Evaluations, Schedule, eval_views, open_eval_clips
 from vidcls.training.folders import find_latest, list_checkpoints
 from vidcls.training.heads import build_heads
 from vidcls.training.optimizer import learning_rate
 from vidcls.training.sharded_state import RunState, StoredState, read_state
+from vidcls.training.vision_cache import VisionCache
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ def setup(config: Config) -> Run:
             raise ConfigError("report_to: 'wandb' needs the package wandb: pip install wandb, or use tensorboard")
         check_changes(options.resume_with_changes)
         data = open_data_sets(config)
-        spec = _model_spec(config)
+        spec = model_spec(config)
+        cache = VisionCache.of(config, spec)
+        if cache:
+            data = cache.training(data)
         encoder = build_encoder(spec, trust_remote_code=config.model.trust_remote_code)
         clips = ClipBatches(
             data.sources(),
@@ -108,6 +112,8 @@ def setup(config: Config) -> Run:
         raise ConfigError(f"resume_from_checkpoint: {resume} has {start.step} of {steps} steps done; nothing is left")
     evaluations = None
     if eval_clips:
+        if cache:
+            eval_clips = cache.evaluation(eval_clips, eval_views(config))
         schedule = Schedule.of(config, last=steps, clips_per_epoch=data.clips, global_batch=plan.global_)
         evaluations = Evaluations(config, eval_clips, encoder, frame_choice(spec), schedule)
         for batches in evaluations.batches.values():
@@ -178,7 +184,8 @@ def _check_equal_weights(spec: ModelSpec) -> None:
         )
 
 
-def _model_spec(config: Config) -> ModelSpec:
+def model_spec(config: Config) -> ModelSpec:
+    """ValueError when the base model is none."""
     model, data = config.model, config.data
     base = model.model_name_or_path
     target = model.lora_target

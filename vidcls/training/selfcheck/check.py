@@ -6,7 +6,6 @@ Every finding is the same on all ranks, so that all of them stop.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,8 +76,7 @@ class SelfCheck:
         ranks are on their way into backward."""
         try:
             if self._batch is None:
-                # A copy: the loader fills the frames' place again.
-                self._batch = replace(batch, frames=batch.frames.clone()).to(torch.device("cpu"))
+                self._batch = batch.clone().to(torch.device("cpu"))
             counted_B = (batch.weights_B > 0).cpu()
             self._clips_H += torch.bincount(batch.heads_B.cpu()[counted_B], minlength=len(self._clips_H))
             if not torch.isfinite(logits_BC).any(dim=1).all():

@@ -60,6 +60,28 @@ def config(**changes: object) -> Config:
         ({"rand_augment": [99, 9]}, "rand_augment: 0: 99 is not legal"),
         ({"dataset": None, "datasets": [{"dataset": "data/a"}]}, "datasets: 0: name: required, not given$"),
         ({"cache_gb": 0}, "cache_gb: 0 is not legal: .*> 0"),
+        ({"vision_cache": "f", "vision_tuning": "lora"}, "vision_cache: 'f' needs vision_tuning 'frozen', not 'lora'"),
+        ({"vision_cache": "f", "merger_tuning": "full"}, "vision_cache: 'f' needs merger_tuning 'frozen', not 'full'"),
+        *(
+            ({"vision_cache": "f", key: value}, f"vision_cache: 'f' does not go with {key} ")
+            for key, value in {
+                "horizontal_flip": 0.5,
+                "random_resized_crop": 0.5,
+                "color_jitter": 0.1,
+                "random_erasing": 0.1,
+                "rand_augment": [1, 9],
+                "mixup_alpha": 0.2,
+                "cutmix_alpha": 1,
+            }.items()
+        ),
+        (
+            {
+                "vision_cache": "f",
+                "dataset": None,
+                "datasets": [{"name": "a", "dataset": "d/a", "augment": {"color_jitter": 0.1}}],
+            },
+            "vision_cache: 'f' does not go with color_jitter 0.1 of 'a'",
+        ),
         ({"mixing_temperature": 2}, "mixing_temperature: 2.0 has no effect with one data set"),
         ({"vision_lr_scale": 0.1}, "vision_lr_scale: 0.1 has no effect with vision_tuning 'frozen'"),
         ({"merger_lr_scale": 2}, "merger_lr_scale: 2.0 has no effect with merger_tuning 'frozen'"),

@@ -37,6 +37,7 @@ from vidcls.model.tokens import load_tokenizer
 from vidcls.model.tuning import parameter_part
 from vidcls.options import OWNER, DatasetOptions
 from vidcls.training import building, optimizer
+from vidcls.training.caching import cache_features
 from vidcls.training.engine import deepspeed_config
 from vidcls.training.objective import Objective
 from vidcls.training.setup import Run, setup
@@ -91,6 +92,7 @@ TESTED: dict[str, str] = {
     "on_bad_sample": f"{BAD}::test_bad_clips_are_counted_over_ranks_and_named_once",
     "max_bad_samples": f"{BAD}::test_too_many_bad_clips_end_the_run",
     "cache_dir": f"{HERE}::test_cache_dir",
+    "vision_cache": f"{HERE}::test_vision_cache",
     "cache_gb": "tests/training/test_setup.py::test_windows_that_do_not_fit_the_cache",
     "preprocessing_num_workers": f"{HERE}::test_preprocessing_num_workers",
     "dataloader_num_workers": f"{HERE}::test_what_a_run_is_while_it_runs",
@@ -613,6 +615,16 @@ def test_cache_dir(prepare: Prepare, small_shards: Path, tmp_path: Path) -> None
     kept = {path.stem for path in (tmp_path / "cache").rglob("*.tar")}
     assert kept
     assert kept <= sha
+
+
+def test_vision_cache(prepare: Prepare, tmp_path: Path) -> None:
+    changes = {"vision_cache": str(tmp_path / "features")}
+    with pytest.raises(ConfigError, match=r"vision_cache: .* has no features"):
+        prepare(**changes)
+    cache_features(prepare().config.model_copy(update={"data": prepare().config.data.model_copy(update=changes)}))
+    ((stored,), (plain,)) = first_batches(prepare(**changes)), first_batches(prepare())
+    assert (stored.features_ND is None, plain.features_ND is None) == (False, True)
+    assert stored.keys == plain.keys
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -235,7 +235,7 @@ class FeatureCache:
             # preadv, not mmap: a disk error or a file cut short is an exception here, not a SIGBUS without a name.
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                got = os.preadv(descriptor, [memoryview(data)], table.start + first * self.origin.token_bytes)
+                got = os.preadv(descriptor, [data.data], table.start + first * self.origin.token_bytes)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -275,7 +275,7 @@ class FeatureCache:
 
 def checksum(data: np.ndarray, facts: str) -> int:
     """Of a clip's bytes, uint8, and its facts as stored."""
-    return zlib.crc32(facts.encode(), zlib.crc32(memoryview(data)))
+    return zlib.crc32(facts.encode(), zlib.crc32(data.data))
 
 
 def read_header(folder: Path) -> Header:

@@ -53,7 +53,7 @@ def tower_digest(name_or_path: str) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(_tensors(name_or_path), key=lambda each: each[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -52,6 +52,7 @@ from matplotlib.figure import Figure
 from rounds import RESULTS, Ratio, Spread, clips_of, conditions, show_ratios, table, take_turns, write_json
 from torch.utils.data import DataLoader, Dataset
 
+from vidcls.data.features import FeatureCache
 from vidcls.data.index import ShardIndex
 from vidcls.data.joint import JointOrder
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, training_requests
@@ -108,20 +109,20 @@ def _settle(workers: Sequence[psutil.Process]) -> None:
         quiet = 0 if busy else quiet + 1
 
 
-def reader_of(index: ShardIndex) -> ClipBatches:
+def reader_of(index: ShardIndex, features: FeatureCache | None = None) -> ClipBatches:
     """With the real prompt layout and geometry, but a tokenizer of bytes. Frames stay as large as they are stored."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [ACTION_TOKEN]})
     config, largest = tiny_config(), index.settings.max_pixels
     assert largest is not None
     encoder = PromptEncoder(tokenizer, VisionGeometry.from_config(config), config.video_token_id, 4096, 784, largest)
-    return ClipBatches([ClipSource(index, DEFAULT_PROMPT)], encoder, FrameChoice(FRAMES))
+    return ClipBatches([ClipSource(index, DEFAULT_PROMPT, features=features)], encoder, FrameChoice(FRAMES))
 
 
-def loader(index: ShardIndex, workers: int, seconds: float) -> Turn:
+def loader(index: ShardIndex, workers: int, seconds: float, features: FeatureCache | None = None) -> Turn:
     order, layout = JointOrder.single(len(index), 1), StepLayout(BATCH, BATCH, 1, 0)
     requests = training_requests(order, layout, 0, FOREVER)
-    return _turn_of(map(len, read_batches(reader_of(index), requests, workers=workers, pin=False)), seconds)
+    return _turn_of(map(len, read_batches(reader_of(index, features), requests, workers=workers, pin=False)), seconds)
 
 
 def web_dataset(shards: Path, workers: int, seconds: float) -> Turn:

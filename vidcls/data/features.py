@@ -230,6 +230,9 @@ class FeatureCache:
         first, end = (int(table.ends[row - 1]) if row else 0, int(table.ends[row]))
         size = (end - first) * self.origin.token_bytes
         where = f"{path}: clip {row}: "
+        other_size = f"{where}{size} bytes of tokens, the clip has {len(out)}"
+        if size > len(out):
+            raise FeatureError(other_size)
         data = out[:size]
         try:
             # preadv, not mmap: a disk error or a file cut short is an exception here, not a SIGBUS without a name.
@@ -246,7 +249,7 @@ class FeatureCache:
         if facts.bad is not None:
             raise FeatureError(facts.bad)
         if size != len(out):
-            raise FeatureError(f"{where}{size} bytes of tokens, the clip has {len(out)}")
+            raise FeatureError(other_size)
         return facts
 
     def tensor(self, data: np.ndarray) -> torch.Tensor:

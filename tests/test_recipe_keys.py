@@ -37,7 +37,7 @@ from vidcls.model.tokens import load_tokenizer
 from vidcls.model.tuning import parameter_part
 from vidcls.options import OWNER, DatasetOptions
 from vidcls.training import building, optimizer
-from vidcls.training.caching import cache_features
+from vidcls.training.caching import cache_features, plan
 from vidcls.training.engine import deepspeed_config
 from vidcls.training.objective import Objective
 from vidcls.training.setup import Run, setup
@@ -621,7 +621,9 @@ def test_vision_cache(prepare: Prepare, tmp_path: Path) -> None:
     changes = {"vision_cache": str(tmp_path / "features")}
     with pytest.raises(ConfigError, match=r"vision_cache: .* has no features"):
         prepare(**changes)
-    cache_features(prepare().config.model_copy(update={"data": prepare().config.data.model_copy(update=changes)}))
+    plain_config = prepare().config
+    data = plain_config.data.model_copy(update=changes)
+    cache_features(plan(plain_config.model_copy(update={"data": data})))
     ((stored,), (plain,)) = first_batches(prepare(**changes)), first_batches(prepare())
     assert (stored.features_ND is None, plain.features_ND is None) == (False, True)
     assert stored.keys == plain.keys

@@ -27,11 +27,13 @@ def main() -> None:
     with guarded(None, Limits.from_options(config.run)):
         with heavy_imports():
             from vidcls import distributed
-            from vidcls.training.caching import cache_features
+            from vidcls.training.caching import cache_features, plan
 
-        with distributed.leaving(), user_errors():
-            distributed.check_hostfile()
-            cache_features(config)
+        with distributed.leaving():
+            with user_errors():
+                distributed.check_hostfile()
+                work = plan(config)
+            cache_features(work)
 
 
 if __name__ == "__main__":

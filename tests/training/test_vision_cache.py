@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 from tests.model.test_patches import processor_patches, video_processor  # noqa: F401
 from tests.support import launch
 from tests.support.shards import make_shards
+from tests.support.web import web
 from tools.make_random_checkpoint import write_checkpoint
 from vidcls.config import ConfigError, config_from_values
 from vidcls.data import feature_parts
 from vidcls.data.features import FeatureCache, FeatureError
 from vidcls.data.frames import Views
 from vidcls.data.index import ShardIndex
-from vidcls.data.loader import ClipSource, Request
+from vidcls.data.loader import ClipSource, Request, training_requests
+from vidcls.data.order import StepLayout
 from vidcls.data.reading import read_batches
 from vidcls.data.shards import ShardReader
 from vidcls.manifest import StorageError
@@ -33,7 +35,7 @@ from vidcls.model.pretrained import build_model
 from vidcls.model.tiny import tiny_backbone
 from vidcls.model.tower import tower_digest
 from vidcls.training import caching
-from vidcls.training.caching import cache_features
+from vidcls.training.caching import cache_features, plan
 from vidcls.training.evaluating import EvalClips
 from vidcls.training.setup import Run, setup
 from vidcls.training.vision_cache import VisionCache
@@ -66,8 +68,8 @@ def recipe(small_shards: Path, tmp_path: Path) -> Values:
     }
 
 
-def make(values: Values, **changes: Any) -> int:
-    return cache_features(config_from_values({**values, **changes}))
+def make(values: Values, **changes: Any) -> None:
+    cache_features(plan(config_from_values({**values, **changes})))
 
 
 def opened(values: Values, **changes: Any) -> Run:
@@ -97,7 +99,7 @@ def test_features_are_what_transformers_own_tower_gives(
     small_shards: Path,
     video_processor: Any,  # noqa: F811
 ) -> None:
-    assert make(recipe) == 0
+    make(recipe)
     index, tower = ShardIndex.open(small_shards), tiny_backbone().visual.eval()
     parts = [load_file(path) for path in sorted(folder_of(recipe).glob("*.safetensors"))]
     assert len(parts) == PARTS
@@ -175,6 +177,17 @@ def test_clips_of_different_sizes_and_answers(recipe: Values, small_shards: Path
     with torch.no_grad():
         inputs = [{k: v for k, v in b.model_inputs().items() if k != "answer_labels_BL"} for b in (one, other)]
         torch.testing.assert_close(model(**inputs[0]), model(**inputs[1]), rtol=1e-5, atol=1e-5)
+
+
+def test_shards_behind_a_url_are_not_fetched(recipe: Values, small_shards: Path, tmp_path: Path) -> None:
+    make(recipe)
+    with web() as served:
+        served.files = {path.name: path.read_bytes() for path in small_shards.iterdir()}
+        run = opened(recipe, dataset=served.url, cache_dir=str(tmp_path / "cache"), cache_gb=0.1)
+        layout = StepLayout(run.plan.global_, run.plan.micro, 1, 0)
+        batches = [run.clips[request] for request in training_requests(run.data.order, layout, 0, 7)]
+    assert len(batches) == 7
+    assert not list((tmp_path / "cache").rglob("*.tar"))
 
 
 # Who may read it
@@ -307,14 +320,17 @@ def test_a_changed_byte_is_found_when_it_is_read(recipe: Values, place: int) -> 
     assert contents(folder) == whole
 
 
-def test_a_clip_that_cannot_be_read(recipe: Values, small_shards: Path, tmp_path: Path) -> None:
+def test_a_clip_that_cannot_be_read(
+    recipe: Values, small_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards = shutil.copytree(small_shards, tmp_path / "shards")
     index = ShardIndex.open(shards)
     damage(shards / index.shards[index.shard[9]].name, int(index.offset[9]) + 700)
     recipe |= {"dataset": str(shards)}
     with pytest.raises(ValueError, match=f"{index.keys[9]}: checksum differs"):
         make(recipe)
-    assert make(recipe, on_bad_sample="skip") == 1
+    make(recipe, on_bad_sample="skip")
+    assert "; 1 clips could not be read" in capsys.readouterr().out
     cached, plain = (opened(recipe, on_bad_sample="skip", **more) for more in ({}, {"vision_cache": None}))
     request = Request((8, 9))
     one, other = cached.clips[request], plain.clips[request]
@@ -327,7 +343,7 @@ def test_a_clip_that_cannot_be_read(recipe: Values, small_shards: Path, tmp_path
     assert sum(seal["bad"] for seal in seals) == 1
     # Whoever wants no bad clip has the part made again, now that the shard is mended.
     shutil.copytree(small_shards, shards, dirs_exist_ok=True)
-    assert make(recipe) == 0
+    make(recipe)
     assert not opened(recipe).clips[request].bad
 
 

@@ -293,9 +293,10 @@ def read_header(folder: Path) -> Header:
         raise FeatureError(f"{path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise FeatureError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except json.JSONDecodeError as error:
-        raise FeatureError(f"{path} is damaged: {error}") from None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = str(error)
+    raise FeatureError(f"{path} is damaged: {reason}; remove {folder} to have it made anew")
 
 
 def _others(top: Path, origin: FeatureOrigin) -> str:

@@ -23,7 +23,7 @@ from vidcls.faults import guard
 from vidcls.faults.lock import lock_output
 from vidcls.manifest import check_space
 from vidcls.model.classifier import ActionClassifier
-from vidcls.model.pretrained import build_encoder
+from vidcls.model.pretrained import ModelSpec, build_encoder
 from vidcls.model.tower import load_tower
 from vidcls.progress import progress_bar
 from vidcls.training.data_sets import open_data_sets
@@ -52,13 +52,22 @@ class _Job:
     part: int
 
 
-def cache_features(config: Config) -> int:
-    """Make what is missing of the caches of all data sets of a recipe; how many clips could not be read.
+@dataclass(frozen=True)
+class Work:
+    """What is to be made, on all ranks together. clips: of the data sets whose caches these are, in their order."""
 
-    All ranks must call it. Each makes parts of its own and waits for nobody, but the main rank for the others.
+    config: Config
+    spec: ModelSpec
+    clips: ClipBatches
+    caches: list[FeatureCache]
+    jobs: list[_Job]
+
+
+def plan(config: Config) -> Work:
+    """Check a recipe, begin the caches of its data sets, and find out what is missing. All ranks must call it.
 
     Raises:
-        ValueError: the recipe cannot be cached, or (on_bad_sample: error) a clip cannot be read.
+        ValueError: the recipe cannot be cached.
         StorageError: the disk is too full, or refuses.
     """
     options = config.run
@@ -76,18 +85,26 @@ def cache_features(config: Config) -> int:
         sets = [_measured(name, source, cache, clips) for name, source in sources.items()]
     caches = _start(cache, sets)
     jobs = _missing(caches, bad_allowed=skip)
-    _tell(config, sets, caches, jobs)
-    mine = jobs[distributed.rank() :: distributed.world_size()]
-    if mine:
-        tower = load_tower(spec).to(distributed.device())
-        _make(mine, caches, clips, tower, config)
+    _tell(sets, caches, jobs)
+    return Work(config, spec, clips, caches, jobs)
+
+
+def cache_features(work: Work) -> None:
+    """Make what is missing. All ranks must call it; each makes parts of its own and waits for nobody, but the main rank
+    for the others.
+
+    Raises:
+        ShardError or FrameError: with on_bad_sample: error, a clip cannot be read.
+        StorageError: the disk refuses.
+    """
+    if mine := work.jobs[distributed.rank() :: distributed.world_size()]:
+        _make(work, mine, load_tower(work.spec).to(distributed.device()))
     if not distributed.is_main():
-        return 0
-    _wait(caches, jobs)
-    bad = sum(each.seal(part).bad for each in caches for part in range(each.parts))
-    unread = f", {bad} clips could not be read" if bad else ""
-    print(f"complete: {', '.join(str(each.folder) for each in caches)}{unread}", flush=True)
-    return bad
+        return
+    _wait(work)
+    bad = sum(each.seal(part).bad for each in work.caches for part in range(each.parts))
+    unread = f"; {bad} clips could not be read" if bad else ""
+    print(f"complete: {', '.join(str(each.folder) for each in work.caches)}{unread}", flush=True)
 
 
 def _sources(config: Config, cache: VisionCache) -> dict[str, ClipSource]:
@@ -137,7 +154,7 @@ def _missing(caches: list[FeatureCache], *, bad_allowed: bool) -> list[_Job]:
     return [job for job in parts if (job.set, job.part) in found]
 
 
-def _tell(config: Config, sets: list[_Set], caches: list[FeatureCache], jobs: list[_Job]) -> None:
+def _tell(sets: list[_Set], caches: list[FeatureCache], jobs: list[_Job]) -> None:
     """Say what is to be made and how large it is; StorageError on every rank where the disk is too full for it."""
     needed = 0
     for number, (each, cache) in enumerate(zip(sets, caches, strict=True)):
@@ -157,10 +174,9 @@ def _tell(config: Config, sets: list[_Set], caches: list[FeatureCache], jobs: li
             check_space(caches[0].folder, needed)
 
 
-def _make(
-    jobs: list[_Job], caches: list[FeatureCache], clips: ClipBatches, tower: ActionClassifier, config: Config
-) -> None:
-    """Make and write these parts, one after the other. Clips of one part never depend on what else is to be made."""
+def _make(work: Work, jobs: list[_Job], tower: ActionClassifier) -> None:
+    """Make and write these parts, one after the other. A batch never holds clips of two: a part is always the same."""
+    config, caches, clips = work.config, work.caches, work.clips
     micro = config.eval.per_device_eval_batch_size
     device = distributed.device()
     batches = read_batches(
@@ -218,11 +234,11 @@ def _facts(clips: ClipBatches, source: int, samples: range, batch: Batch) -> lis
     ]
 
 
-def _wait(caches: list[FeatureCache], jobs: list[_Job]) -> None:
+def _wait(work: Work) -> None:
     """Until all parts are sealed. Not in a collective, which has a time limit: hosts may be of different speed. The
     launcher ends this rank where another fails."""
     said = False
-    while missing := [job for job in jobs if not caches[job.set].seal_path(job.part).exists()]:
+    while missing := [job for job in work.jobs if not work.caches[job.set].seal_path(job.part).exists()]:
         if not said:
             print(f"this rank is done; {len(missing)} parts of others are under way", flush=True)
             said = True

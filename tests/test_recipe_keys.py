@@ -625,7 +625,7 @@ def test_vision_cache(prepare: Prepare, tmp_path: Path) -> None:
     data = plain_config.data.model_copy(update=changes)
     cache_features(plan(plain_config.model_copy(update={"data": data})))
     ((stored,), (plain,)) = first_batches(prepare(**changes)), first_batches(prepare())
-    assert (stored.features_ND is None, plain.features_ND is None) == (False, True)
+    assert (stored.features_VD is None, plain.features_VD is None) == (False, True)
     assert stored.keys == plain.keys
 
 

@@ -152,10 +152,10 @@ def test_worker_processes_hand_features_over_unchanged(recipe: Values, workers: 
     ]  # no slot fits
     for request, batch in zip(requests, read_batches(clips, requests, workers=workers, pin=False), strict=True):
         expected = clips[request]
-        assert batch.features_ND is not None
-        assert expected.features_ND is not None
-        assert batch.features_ND.dtype == torch.bfloat16
-        assert torch.equal(batch.features_ND.view(torch.int16), expected.features_ND.view(torch.int16))
+        assert batch.features_VD is not None
+        assert expected.features_VD is not None
+        assert batch.features_VD.dtype == torch.bfloat16
+        assert torch.equal(batch.features_VD.view(torch.int16), expected.features_VD.view(torch.int16))
         assert torch.equal(batch.clone().input_ids_BL, expected.input_ids_BL)
 
 
@@ -315,7 +315,7 @@ def test_a_changed_byte_is_found_when_it_is_read(recipe: Values, place: int) -> 
     batches = [skipping[Request((sample,))] for sample in range(CLIPS)]
     bad = [batch for batch in batches if batch.bad]
     assert bad
-    assert all(batch.weights_B.item() == 0 and not batch.features_ND.any() for batch in bad)  # type: ignore[union-attr]
+    assert all(batch.weights_B.item() == 0 and not batch.features_VD.any() for batch in bad)  # type: ignore[union-attr]
     make(recipe)
     assert contents(folder) == whole
 

@@ -2,7 +2,7 @@
 
 `Batch` holds exactly what the classifier's forward takes, plus what the loss needs.
 
-Tensor name suffixes: B clips in the batch, L padded sequence length, N video tokens, D their width. Shapes: T frames,
+Tensor name suffixes: B clips in the batch, L padded sequence length, V video tokens, D their width. Shapes: T frames,
 H height, W width.
 """
 
@@ -109,7 +109,7 @@ class PreparedClip:
 class Batch:
     """Several clips. Rows with weight 0 are padding: computed, never counted."""
 
-    frames: torch.Tensor  # uint8, every clip's [T, H, W, 3] raveled and joined; none with features_ND
+    frames: torch.Tensor  # uint8, every clip's [T, H, W, 3] raveled and joined; none with features_VD
     grid_thw: tuple[Grid, ...]  # patches in time, height and width, per clip, on the host
     lengths: tuple[int, ...]  # tokens of each row, on the host
     input_ids_BL: torch.Tensor  # right padded
@@ -123,7 +123,7 @@ class Batch:
     weights_B: torch.Tensor  # float32
     keys: tuple[str, ...]
     answer_labels_BL: torch.Tensor | None = None  # int64, the next token where an answer is to be said, else -100
-    features_ND: torch.Tensor | None = None  # stored vision features, clip after clip: the tower is not called then
+    features_VD: torch.Tensor | None = None  # stored vision features, clip after clip: the tower is not called then
     # (data set and key, reason) of rows that could not be read: black, label 0, weight 0
     bad: tuple[tuple[str, str], ...] = ()
 
@@ -137,7 +137,7 @@ class Batch:
 
     def model_inputs(self) -> dict[str, Any]:
         """The keyword arguments of ActionClassifier.forward."""
-        optional = {"answer_labels_BL": self.answer_labels_BL, "features_ND": self.features_ND}
+        optional = {"answer_labels_BL": self.answer_labels_BL, "features_VD": self.features_VD}
         return {
             "frames": self.frames,
             "grid_thw": self.grid_thw,
@@ -175,7 +175,7 @@ class Batch:
             self,
             **rows,
             frames=cut(self.frames),
-            features_ND=None if self.features_ND is None else cut(self.features_ND),
+            features_VD=None if self.features_VD is None else cut(self.features_VD),
             grid_thw=self.grid_thw[one],
             lengths=self.lengths[one],
             input_ids_BL=self.input_ids_BL[one, :length],

@@ -67,7 +67,7 @@ def write_part(cache: FeatureCache, part: int, features: Sequence[torch.Tensor],
     """Write and seal a part. One process writes it at a time, the same or another after a kill.
 
     Args:
-        features: features_ND of each clip, on the host; without rows for a bad one.
+        features: features_VD of each clip, on the host; without rows for a bad one.
 
     Raises:
         StorageError: the disk refuses.

@@ -7,7 +7,7 @@
 A part holds `tokens` [T, D] of all its clips and, for each clip, where they end, what else a batch needs of the clip,
 and a checksum over both. Parts are written by feature_parts.py.
 
-Shape suffixes: N tokens of several clips, D width of a token.
+Shape suffixes: V video tokens of several clips, D width of a token.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class FeatureCache:
         return facts
 
     def tensor(self, data: np.ndarray) -> torch.Tensor:
-        """features_ND from their bytes, uint8, whose memory they share."""
+        """features_VD from their bytes, uint8, whose memory they share."""
         return torch.from_numpy(data).view(self.origin.torch_dtype).view(-1, self.origin.width)
 
     def _read_table(self, part: int) -> _Table:

@@ -199,8 +199,8 @@ class ClipBatches:
         bad = tuple((f"{clip.source}/{clip.key}", clip.bad) for clip in clips if clip.bad and request.weight)
         if self._features is None:
             return replace(collate(clips, request.weight, data), bad=bad)
-        features_ND = self._features.tensor(data)
-        return replace(collate(clips, request.weight, NO_FRAMES), bad=bad, features_ND=features_ND)
+        features_VD = self._features.tensor(data)
+        return replace(collate(clips, request.weight, NO_FRAMES), bad=bad, features_VD=features_VD)
 
     def facts(self, source: int, sample: int) -> ClipFacts:
         """What stored features of a clip must hold beside them; ShardError. Its frames are chosen as in evaluation."""

@@ -140,7 +140,7 @@ class _Parcel:
     @classmethod
     def pack(cls, batch: Batch, slot: int | None) -> _Parcel:
         values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-        bulk = "frames" if batch.features_ND is None else "features_ND"
+        bulk = "frames" if batch.features_VD is None else "features_VD"
         tensor = values.pop(bulk)
         arrays = {name: value.numpy() for name, value in values.items() if isinstance(value, torch.Tensor)}
         rest = {name: value for name, value in values.items() if name not in arrays}

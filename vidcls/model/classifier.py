@@ -111,7 +111,7 @@ class ActionClassifier(nn.Module):
         action_positions_B: torch.Tensor,
         heads_B: torch.Tensor,
         answer_labels_BL: torch.Tensor | None = None,
-        features_ND: torch.Tensor | None = None,
+        features_VD: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """float32 logits_BC, C the most classes that a head has: -inf for those that a row's own head has not.
 
@@ -119,8 +119,8 @@ class ActionClassifier(nn.Module):
         tokens of each row as host integers, one clip a row. Rows are padded on the right to L; the padding is never
         computed. `action_positions_B` says where <ACTION> stands in each row, at its end unless an answer follows;
         `heads_B` which head classifies it. With `answer_labels_BL` (the next token's id where it is to be predicted,
-        else -100) also returns the float32 answer_losses_B of the language head. `features_ND`, what `encode_video` once
-        gave for all clips, stands for their frames, which are not looked at: the vision tower is not called.
+        else -100) also returns the float32 answer_losses_B of the language head. `features_VD`, what `encode_video`
+        once gave for all clips, stands for their frames, which are not looked at: the vision tower is not called.
         """
         batch, longest = input_ids_BL.shape
         if len(grid_thw) != batch or len(lengths) != batch:
@@ -129,7 +129,7 @@ class ActionClassifier(nn.Module):
             )
         device = input_ids_BL.device
         language_model = self.inner.language_model
-        video_VD = self.encode_video(frames, grid_thw) if features_ND is None else features_ND
+        video_VD = self.encode_video(frames, grid_thw) if features_VD is None else features_VD
         tokens_N = _tokens(lengths, longest, device)
         input_ids_N = _packed(input_ids_BL.flatten(), tokens_N)
         is_video_N, is_action_N = input_ids_N == self.video_token_id, input_ids_N == self.action_token_id

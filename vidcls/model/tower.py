@@ -35,7 +35,6 @@ def load_tower(spec: ModelSpec) -> ActionClassifier:
     attention, _ = resolve_attention(spec.flash_attn)
     name = spec.model_name_or_path
     backbone: Any = empty_backbone(name, dtype=spec.dtype, attn_implementation=attention)
-    backbone.language_model = nn.Identity()
     tensors = {key.removeprefix(VISUAL): tensor.to(spec.dtype) for key, tensor in _tensors(name)}
     needed = {key: tuple(tensor.shape) for key, tensor in backbone.visual.named_parameters()}
     if differing := differing_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()}, needed):
@@ -45,6 +44,7 @@ def load_tower(spec: ModelSpec) -> ActionClassifier:
     token = ActionToken(torch.zeros(width))
     geometry = VisionGeometry.from_config(backbone.config)
     model = ActionClassifier(backbone.requires_grad_(False), {}, token, action_token_id=0, geometry=geometry)
+    backbone.language_model = nn.Identity()  # nothing of it was allocated
     return model.requires_grad_(False).eval()
 
 

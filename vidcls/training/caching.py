@@ -216,11 +216,11 @@ def _requests(job: _Job, cache: FeatureCache, clips: ClipBatches, micro: int) ->
 
 
 def _features(tower: ActionClassifier, batch: Batch, origin: FeatureOrigin) -> list[torch.Tensor]:
-    """features_ND of each clip, on the host; none of one that could not be read."""
+    """features_VD of each clip, on the host; none of one that could not be read."""
     with torch.no_grad():
-        features_ND = tower.encode_video(batch.frames.to(distributed.device()), batch.grid_thw).cpu()
+        features_VD = tower.encode_video(batch.frames.to(distributed.device()), batch.grid_thw).cpu()
     counts = [origin.clip_bytes(grid) // origin.token_bytes for grid in batch.grid_thw]
-    rows = zip(features_ND.split(counts), batch.weights_B.tolist(), strict=True)
+    rows = zip(features_VD.split(counts), batch.weights_B.tolist(), strict=True)
     return [each if weight else each[:0] for each, weight in rows]
 
 

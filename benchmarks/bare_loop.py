@@ -14,6 +14,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidcls import distributed
 from vidcls.config import load_config
+from vidcls.data.batch import Batch
 from vidcls.data.loader import training_requests
 from vidcls.data.order import StepLayout
 from vidcls.model.pretrained import TrainingExtras, build_model
@@ -62,7 +64,7 @@ def flops(product: Product) -> float:
     return 2.0 * batch * left[-2] * left[-1] * right[-1]
 
 
-def micro_batches(run: Run) -> Iterator[dict[str, Any]]:
+def micro_batches(run: Run) -> Iterator[Batch]:
     """The first of this run, on the device; again and again."""
     layout = StepLayout(run.plan.global_, run.plan.micro, 1, 0)
     requests = itertools.islice(training_requests(run.data.order, layout, 0, run.steps), IN_MEMORY)
@@ -77,7 +79,7 @@ def steps(run: Run, model: nn.Module) -> Callable[[], None]:
 
     def step() -> None:
         for _ in range(run.plan.accumulation):
-            batch: Any = next(batches)
+            batch = next(batches)
             loss = F.cross_entropy(model(**batch.model_inputs()), batch.labels_B)
             (loss / run.plan.accumulation).backward()
         nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm or float("inf"))
@@ -108,7 +110,7 @@ def peak(width: int, wide: int, dtype: torch.dtype) -> float:
     rates = []
     for rows, (inner, outer) in itertools.product(PEAK_ROWS, ((width, wide), (wide, width), (width, width))):
         x, w = (torch.randn(n, inner, device=device).to(dtype) for n in (rows, outer))
-        rates.append(2.0 * rows * inner * outer / usually(lambda x=x, w=w: F.linear(x, w)))
+        rates.append(2.0 * rows * inner * outer / usually(partial(F.linear, x, w)))
     return max(rates)
 
 
@@ -118,7 +120,7 @@ def products_alone(products: Products, dtype: torch.dtype) -> float:
     for (kind, shapes), count in products.counts.items():
         left, right = (torch.randn(shape, device=distributed.device()).to(dtype) for shape in shapes)
         multiply = torch.bmm if kind == "bmm" else torch.mm
-        total += count * usually(lambda m=multiply, a=left, b=right: m(a, b), 3)
+        total += count * usually(partial(multiply, left, right), 3)
     return total
 
 

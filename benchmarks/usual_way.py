@@ -66,7 +66,7 @@ class Videos(Dataset[dict[str, Any]]):
 def patches(frames: np.ndarray) -> np.ndarray:
     """float32 [patches, 1176] of uint8 frames [T, H, W, 3], in the order of transformers' Qwen2-VL video processor."""
     t, h, w = len(frames) // TUBELET, frames.shape[1] // PATCH // MERGE, frames.shape[2] // PATCH // MERGE
-    normal = (frames / np.float32(255) - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+    normal = (frames / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
     cut = normal.astype(np.float32).reshape(t, TUBELET, h, MERGE, PATCH, w, MERGE, PATCH, 3)
     return cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w * MERGE**2, -1)
 
@@ -91,11 +91,11 @@ def collate(rows: list[dict[str, Any]], video_id: int) -> dict[str, torch.Tensor
 class Classifier(nn.Module):
     """The head on the last hidden state at <ACTION>."""
 
-    def __init__(self, model: nn.Module, classes: int, action_id: int) -> None:
+    def __init__(self, model: Any, classes: int, action_id: int) -> None:
         super().__init__()
-        self.model, self.action_id = model, action_id
-        config: Any = model.config
-        self.head = nn.Linear(config.get_text_config().hidden_size, classes)
+        self.model: Any = model
+        self.action_id = action_id
+        self.head = nn.Linear(model.config.get_text_config().hidden_size, classes)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.model.gradient_checkpointing_enable(**options)

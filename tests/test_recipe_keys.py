@@ -155,6 +155,7 @@ TESTED: dict[str, str] = {
     "html_report": f"{HERE}::test_plot_loss_and_report_to",
     "report_to": f"{HERE}::test_plot_loss_and_report_to",
     "seed": f"{HERE}::test_seed",
+    "async_save": "tests/training/test_saver.py::test_a_line_is_said_when_the_checkpoint_is_whole",
     "save_every_minutes": "tests/training/test_stopping.py::test_a_save_is_due_once_when_the_minutes_are_over",
     "start_timeout": LIMITS,
     "data_timeout": LIMITS,

@@ -208,10 +208,11 @@ def gather_objects(value: object, group: torch.distributed.ProcessGroup | None =
 
 
 @contextlib.contextmanager
-def all_or_none(what: str) -> Iterator[None]:
+def all_or_none(what: str, group: torch.distributed.ProcessGroup | None = None) -> Iterator[None]:
     """Run a block on every rank; if it raises anywhere, it raises everywhere, with the first rank's reason.
 
     Without this, one rank that fails alone (a full disk, a damaged file) leaves the others waiting in a collective.
+    group: to meet over, for a thread that has one of its own.
     """
     failure: Exception | None = None
     try:
@@ -219,7 +220,7 @@ def all_or_none(what: str) -> Iterator[None]:
     except Exception as error:
         failure = error
     kind = next((cls for cls in CARRIED if isinstance(failure, cls)), RankFailedError)
-    outcomes = gather_objects(None if failure is None else (kind, str(failure)), _file_group)
+    outcomes = gather_objects(None if failure is None else (kind, str(failure)), group or _file_group)
     if failure is not None:
         raise failure
     for index, outcome in enumerate(outcomes):

@@ -263,6 +263,9 @@ class RunOptions(Section):
     save_total_limit: int | None = Field(3, ge=1, description="checkpoints kept")
     save_only_model: bool = Field(False, description="checkpoints without training state: smaller, but no resume")
     save_deepspeed_state: bool = Field(False, description="add DeepSpeed's own state to checkpoints, for its tools")
+    async_save: bool = Field(
+        True, description="write checkpoints while training goes on; one more copy of the training state on the host"
+    )
     save_every_minutes: float | None = Field(None, gt=0, description="minutes between checkpoints, besides save_steps")
     logging_steps: int = Field(10, ge=1, description="optimizer steps between log lines")
     plot_loss: bool = Field(True, description="write training_loss.png")

@@ -20,7 +20,7 @@ from unittest.mock import patch
 from vidcls import distributed
 from vidcls.command import command_arguments
 from vidcls.config import load_config
-from vidcls.training import loop, saving
+from vidcls.training import loop, saver, saving
 from vidcls.training.setup import setup
 
 LEFT_FREE = 300_000
@@ -61,9 +61,9 @@ def train_until_refused(recipe: Path) -> None:
     is too little for DeepSpeed's own files; "other": one rank meets it alone; "readonly": the disk takes no more;
     "apart": rank 1 has another disk, and keeps it."""
     how = recipe.stem
-    save = loop.save_checkpoint
+    write = saving.write_checkpoint
 
-    def save_or_refuse(run: Any, engine: Any, average: Any, step: int, **rest: Any) -> Path:
+    def write_or_refuse(run: Any, engine: Any, step: int, *rest: Any, **named: Any) -> Path:
         changes: list[Any] = []
         if step == 2:
             if how in ("seen", "met", "readonly") and distributed.is_main():
@@ -79,7 +79,7 @@ def train_until_refused(recipe: Path) -> None:
         for change in changes:
             change.start()
         try:
-            return save(run, engine, average, step, **rest)
+            return write(run, engine, step, *rest, **named)
         finally:
             for change in changes:
                 change.stop()
@@ -87,7 +87,11 @@ def train_until_refused(recipe: Path) -> None:
     told: dict[str, str] = {}
     no_log: Callable[..., None] = lambda *_: None  # noqa: E731  # a disk with an open file cannot be made read-only
     try:
-        with patch.object(loop, "save_checkpoint", save_or_refuse), patch.object(loop, "open_log", no_log):
+        with (
+            patch.object(saving, "write_checkpoint", write_or_refuse),
+            patch.object(saver, "write_checkpoint", write_or_refuse),
+            patch.object(loop, "open_log", no_log),
+        ):
             loop.train(setup(load_config(recipe)))
     except RuntimeError as error:
         told = {"kind": type(error).__name__, "message": str(error)}

@@ -58,5 +58,6 @@ def test_steps_that_are_not_finite_end_the_run_in_the_end() -> None:
 
 def test_a_single_rank_decides_at_once() -> None:
     agreement = Agreement()
-    assert agreement.exchange(stop=True, save=False) == Decision(stop=True)
+    assert agreement.exchange(stop=True, save=False, failed=False) == Decision(stop=True)
+    assert agreement.exchange(stop=False, save=False, failed=True) == Decision(failed=True)
     assert agreement.finish() == Decision()

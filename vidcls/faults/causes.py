@@ -37,6 +37,10 @@ class DivergedError(RuntimeError):
     """Loss or gradient is not finite."""
 
 
+class StuckError(RuntimeError):
+    """Something took longer than its limit; the message names both."""
+
+
 class RendezvousError(RuntimeError):
     """The ranks could not find each other; the message says where they looked."""
 
@@ -49,6 +53,8 @@ def exit_of(error: BaseException) -> Exit:
         return Exit.PEER_LOST
     if isinstance(error, DivergedError):
         return Exit.DIVERGED
+    if isinstance(error, StuckError):
+        return Exit.STUCK
     if isinstance(error, RendezvousError):
         return Exit.LAUNCH
     if isinstance(error, StorageError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):

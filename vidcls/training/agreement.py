@@ -12,10 +12,12 @@ from vidcls import distributed
 
 @dataclass(frozen=True)
 class Decision:
-    """The same on every rank. stop: some rank was asked to stop. save: a checkpoint is due by the clock."""
+    """The same on every rank. stop: some rank was asked to stop. save: a checkpoint is due by the clock. failed: some
+    rank could not write the checkpoint under way."""
 
     stop: bool = False
     save: bool = False
+    failed: bool = False
 
 
 class Agreement:
@@ -29,12 +31,12 @@ class Agreement:
         self._group = torch.distributed.new_group(backend="gloo") if distributed.world_size() > 1 else None
         self._under_way: tuple[Any, torch.Tensor] | None = None
 
-    def exchange(self, *, stop: bool, save: bool) -> Decision:
+    def exchange(self, *, stop: bool, save: bool, failed: bool) -> Decision:
         """Say what this rank wishes; what all wished one step ago (of a single rank: now)."""
         if self._group is None:
-            return Decision(stop, save)
+            return Decision(stop, save, failed)
         decided = self.finish()
-        wishes = torch.tensor([stop, save], dtype=torch.uint8)
+        wishes = torch.tensor([stop, save, failed], dtype=torch.uint8)
         work = torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
         self._under_way = work, wishes
         return decided

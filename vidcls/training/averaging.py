@@ -45,6 +45,11 @@ class WeightAverage:
         with torch.no_grad():
             torch._foreach_lerp_(self._averages, self._masters, 1 - decay_at(self.decay, step))
 
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """This rank's averages, flat, as `masters.flat_masters` has the weights; not to be changed."""
+        return self._averages
+
     def gather(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(parameter name, its average), whole and fp32 on the host, one after the other. All ranks must go through
         all of it, and the engine must not be used before it is done."""

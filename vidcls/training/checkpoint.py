@@ -25,7 +25,7 @@ from vidcls import distributed
 from vidcls.manifest import CheckpointError
 from vidcls.model.stored import differing_shapes
 from vidcls.training.averaging import WeightAverage
-from vidcls.training.masters import flat_masters, own_part, set_master, trainable
+from vidcls.training.masters import flat_masters, own_part, set_master, trainable, whole_shape
 from vidcls.training.optimizer import replay_steps
 from vidcls.training.sharded_state import AVERAGE, MOMENTS, WEIGHT, StoredState, owners
 
@@ -69,10 +69,15 @@ def gather_training_state(
     if average is not None:
         for name, tensor in average.gather():
             keep(AVERAGE, name, tensor)
+    kept.adam_steps = adam_steps(engine)
+    return kept
+
+
+def adam_steps(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Steps that were applied, as Adam counts them."""
     steps = {int(engine.optimizer.optimizer.state[flat]["step"]) for flat in flat_masters(engine)}
     assert len(steps) == 1, steps
-    kept.adam_steps = steps.pop()
-    return kept
+    return steps.pop()
 
 
 def check_average(stored: StoredState, *, wanted: bool) -> None:
@@ -88,7 +93,7 @@ def check_average(stored: StoredState, *, wanted: bool) -> None:
 def check_fits(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, averaged: bool) -> None:
     """Raise CheckpointError unless the stored tensors, by "kind/name", are those of this model."""
     kinds = (WEIGHT, *MOMENTS, *([AVERAGE] if averaged else []))
-    expected = {f"{kind}/{name}": _shape(p) for name, p in trainable(model) for kind in kinds}
+    expected = {f"{kind}/{name}": whole_shape(p) for name, p in trainable(model) for kind in kinds}
     if differing := differing_shapes(shapes, expected):
         raise CheckpointError(f"the training state: {differing}")
 
@@ -102,10 +107,6 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
                 parameter.ds_tensor.copy_(own_part(parameter, value))
             else:
                 parameter.copy_(value)
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def load_training_state(

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vidcls.training.objective import Objective, Tally
 from vidcls.training.optimizer import learning_rate
 from vidcls.training.output import Outcome, finish_output, open_log, open_order_log, summary
 from vidcls.training.patience import Patience
-from vidcls.training.saving import save_checkpoint
+from vidcls.training.saver import Saver
 from vidcls.training.selfcheck.check import SelfCheck
 from vidcls.training.setup import Run
 from vidcls.training.telemetry import RunLog, StepClock
@@ -60,6 +61,7 @@ def train(run: Run) -> Outcome:
     patience = Patience(config.run.max_nonfinite_steps)
     window = Window(len(run.data.parts), engine.device, first)
     agreement, timer = Agreement(), SaveTimer(config.run.save_every_minutes)
+    saver = Saver(run, engine, average, partial(_say, log))
     last: Path | None = None
     done = first
     early = evaluations is not None and evaluations.exhausted()  # stopped so, and killed before it had said so
@@ -91,18 +93,25 @@ def train(run: Run) -> Outcome:
                     bad.add(result.bad)
                 if log:
                     log.step(done)
-                decision = agreement.exchange(stop=guard.stop_wanted() is not None, save=timer.is_due())
+                saver.look()
+                stop = guard.stop_wanted() is not None
+                decision = agreement.exchange(stop=stop, save=timer.is_due(), failed=saver.failed)
+                if decision.failed:
+                    saver.finish()  # raises, on every rank at this step
                 if done % config.run.logging_steps == 0 or done == run.steps:
                     row = window.row(done, rate, run.data.names, answers=objective.lm_loss_weight > 0)
                     if bad:
                         row["bad_samples"] = bad.collect()
                     row |= clock.read(window.steps(done) * run.plan.global_)
+                    if stalled := saver.take_stalled():
+                        row["save_stall_seconds"] = round(stalled, 4)
                     window.clear(done)
                     if log:
                         log.scalars(row)
                 if evaluations and evaluations.due(done):
-                    guard.phase("evaluate", step)
                     with clock.paused():
+                        saver.finish()  # an evaluation forks loader workers, and no thread may hold a lock meanwhile
+                        guard.phase("evaluate", step)
                         row = evaluations.run(engine.module, done, average)
                     if log:
                         log.scalars(row)
@@ -114,19 +123,19 @@ def train(run: Run) -> Outcome:
                     if bad:
                         bad.collect()
                     is_first, best = last is None, evaluations.best_checkpoint if evaluations else None
-                    guard.phase("save", step)
                     with clock.paused():
-                        last = save_checkpoint(run, engine, average, done, best=best)
+                        last = saver.save(done, best=best)
                         if check and is_first:
+                            saver.finish()
                             with average.applied() if average else contextlib.nullcontext():
                                 _say(log, check.after_first_save(last))
                     timer.restart()
-                    _say(log, f"saved {last}")
                 if early:
                     _say(log, f"no better for {config.eval.early_stopping_patience} evaluations: stopped early")
                 if early or (decision.stop and done < run.steps):
                     break
             agreement.finish()
+            saver.finish()
         batches.close()
         guard.phase("finish", done)
         if check:
@@ -134,6 +143,9 @@ def train(run: Run) -> Outcome:
         early = early and done < run.steps
         if (early or done == run.steps) and evaluations and (best := evaluations.finish()):
             _say(log, f"best checkpoint: {best}")
+    except BaseException as error:
+        saver.leave(error)
+        raise
     finally:
         if log:
             log.close()

@@ -21,6 +21,11 @@ def trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """Also where the parameter is partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def is_stage3(engine: deepspeed.DeepSpeedEngine) -> bool:
     return hasattr(engine.optimizer, "fp32_partitioned_groups_flat")
 

@@ -17,7 +17,7 @@ from vidcls import distributed
 from vidcls.manifest import FileDigest, StorageError, check_space, storage_errors
 from vidcls.model.pretrained import LABELS_NAME, PREPROCESSING_NAME, head_folder, save_model
 from vidcls.training.averaging import WeightAverage
-from vidcls.training.checkpoint import gather_training_state, trained_sizes
+from vidcls.training.checkpoint import Gathered, gather_training_state, trained_sizes
 from vidcls.training.engine import Engine
 from vidcls.training.folders import CONFIG_NAME, publish, remove_old, temporary_folder
 from vidcls.training.optimizer import learning_rate
@@ -31,17 +31,43 @@ MARGIN_BYTES = 32 * 2**20  # tokenizer, label maps, headers
 def save_checkpoint(
     run: Run, engine: Engine, average: WeightAverage | None, step: int, *, best: Path | None = None
 ) -> Path:
+    """Write checkpoint-`step` from the live training state, while training stands. All ranks must call it.
+
+    best, and what it raises: as in `write_checkpoint`.
+    """
+    shards = shards_of(engine)
+    return write_checkpoint(
+        run,
+        engine,
+        step,
+        lambda: gather_training_state(engine, average, dtype=run.spec.dtype, shards=shards),
+        best=best,
+    )
+
+
+def write_checkpoint(
+    run: Run,
+    engine: Engine,
+    step: int,
+    gather: Callable[[], Gathered],
+    *,
+    best: Path | None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> Path:
     """Write checkpoint-`step`, then delete those beyond save_total_limit, but not `best`. All ranks must call it.
 
-    The model in it has the averaged weights, where there are any; the training state has both.
+    Args:
+        gather: gives what each of `shards_of` ranks keeps; all ranks call it.
+        group: to meet over; a thread beside training needs one that nobody else uses. Of the engine it then reads
+            names and shapes only.
 
     Raises:
         StorageError: on every rank, when any of them cannot write; earlier checkpoints stay, and nothing half-written.
     """
     target = run.output_dir / f"checkpoint-{step}"
-    needed = bytes_needed(run, engine, average)
+    needed = bytes_needed(run, engine)
     name = ""
-    with distributed.all_or_none(f"saving {target}"), storage_errors(run.output_dir, needed):
+    with distributed.all_or_none(f"saving {target}", group), storage_errors(run.output_dir, needed):
         if distributed.is_main():
             folder = temporary_folder(run.output_dir)
             name = folder.name
@@ -50,10 +76,10 @@ def save_checkpoint(
             except StorageError:
                 folder.rmdir()
                 raise
-    folder = run.output_dir / distributed.gather_objects(name)[0]
+    folder = run.output_dir / distributed.gather_objects(name, group)[0]
     try:
-        digests = _write(run, engine, average, step, folder, needed)
-        with distributed.all_or_none(f"saving {target}"), storage_errors(folder, needed):
+        digests = _write(run, engine, step, gather, folder, needed, group)
+        with distributed.all_or_none(f"saving {target}", group), storage_errors(folder, needed):
             if distributed.is_main():
                 check_all_there(folder, digests)
                 publish(folder, run.output_dir, step, {name: digest for name, digest in digests if digest})
@@ -65,26 +91,37 @@ def save_checkpoint(
     return target
 
 
-def bytes_needed(run: Run, engine: Engine, average: WeightAverage | None) -> int:
+def shards_of(engine: Engine) -> int:
+    """How many ranks write a file of the training state."""
+    return min(distributed.world_size(), len(trained_sizes(engine.module)))
+
+
+def bytes_needed(run: Run, engine: Engine) -> int:
     """What a checkpoint takes on the disk, over all ranks."""
     numbers, options = sum(trained_sizes(engine.module).values()), run.config.run
     each = run.spec.dtype.itemsize
     fp32 = torch.float32.itemsize
     if not options.save_only_model:
-        each += fp32 * (1 + len(MOMENTS) + (average is not None))
+        each += fp32 * (1 + len(MOMENTS) + (run.config.optim.ema_decay is not None))
     if options.save_deepspeed_state:
         each += run.spec.dtype.itemsize + fp32 * (1 + len(MOMENTS))
     return numbers * each + MARGIN_BYTES
 
 
 def _write(
-    run: Run, engine: Engine, average: WeightAverage | None, step: int, folder: Path, needed: int
+    run: Run,
+    engine: Engine,
+    step: int,
+    gather: Callable[[], Gathered],
+    folder: Path,
+    needed: int,
+    group: torch.distributed.ProcessGroup | None,
 ) -> list[tuple[str, FileDigest | None]]:
     """Fill the folder that the main rank made; name and digest of each rank's file."""
-    rank, shards = distributed.rank(), min(distributed.world_size(), len(trained_sizes(engine.module)))
-    gathered = gather_training_state(engine, average, dtype=run.spec.dtype, shards=shards)
+    rank, shards = distributed.rank(), shards_of(engine)
+    gathered = gather()
     written: tuple[str, FileDigest | None] = "", None
-    with distributed.all_or_none(f"writing {folder}"), storage_errors(folder, needed):
+    with distributed.all_or_none(f"writing {folder}", group), storage_errors(folder, needed):
         if not folder.is_dir():
             raise StorageError(
                 f"{folder}, which the main rank has made, is not there on {socket.gethostname()}: output_dir must be "
@@ -99,7 +136,7 @@ def _write(
                 write_state(folder, state, _about(run, step))
     if run.config.run.save_deepspeed_state:
         _write_deepspeed_state(engine, folder / DEEPSPEED_NAME, needed)
-    return distributed.gather_objects(written)
+    return distributed.gather_objects(written, group)
 
 
 def _write_model(run: Run, engine: Engine, folder: Path, weights: dict[str, torch.Tensor]) -> None:

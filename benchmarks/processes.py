@@ -1,7 +1,9 @@
 """The processes of a run that a benchmark starts: their memory, their ranks, their end."""
 
 import contextlib
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +19,25 @@ DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 def tool(name: str, *words: object) -> None:
     """Run one of tools/; CalledProcessError when it fails, after it has said why."""
     subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, words)], cwd=ROOT, check=True)
+
+
+def motion_shards(work: Path, *, per_class: int, frames: int, size: int) -> Path:
+    """Shards of synthetic clips of four classes below `work`, made only if it does not hold them yet."""
+    shards = work / "shards"
+    if not shards.exists():
+        shutil.rmtree(work / "videos", ignore_errors=True)
+        tool("make_motion_clips.py", "--out", work / "videos", "--per-class", per_class, "--size", size)
+        settings = ("--frames", frames, "--short-side", size, "--workers", 0)
+        tool("make_shards.py", "folder", "--videos", work / "videos", "--out", shards, *settings)
+    return shards
+
+
+def logged_rows(output_dir: Path) -> list[dict]:
+    """The whole rows of a run's train_log.jsonl up to now."""
+    with contextlib.suppress(OSError):
+        lines = (output_dir / "train_log.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    return []
 
 
 @contextlib.contextmanager

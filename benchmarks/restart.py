@@ -37,7 +37,7 @@ from statistics import median
 
 import psutil
 from matplotlib.figure import Figure
-from processes import DEEPSPEED, ROOT, end_session, ranks_below, tool
+from processes import DEEPSPEED, ROOT, end_session, logged_rows, motion_shards, ranks_below
 from rounds import RESULTS, Spread, conditions, table, write_json
 
 LAUNCH_SECONDS = 300.0
@@ -117,10 +117,7 @@ class Run:
             )
 
     def rows(self) -> list[dict]:
-        with contextlib.suppress(OSError):
-            lines = (self.output / "train_log.jsonl").read_text().splitlines(keepends=True)
-            return [json.loads(line) for line in lines if line.endswith("\n")]
-        return []
+        return logged_rows(self.output)
 
     def wait_for(self, least: int, most: int | None = None) -> float:
         """When the last row of the log is first seen to be one of these steps."""
@@ -276,14 +273,12 @@ def main() -> int:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        tool("make_motion_clips.py", "--out", work / "videos", "--per-class", 16, "--size", 112)
-        settings = ("--frames", 8, "--short-side", 112, "--workers", 0)
-        tool("make_shards.py", "folder", "--videos", work / "videos", "--out", work / "shards", *settings)
-        faults = [one_fault(work, work / "shards") for _ in range(args.rounds)]
-        runs = [disturbed(work, work / "shards", interval) for interval in sorted(args.intervals)]
+        shards = motion_shards(work, per_class=16, frames=8, size=112)
+        faults = [one_fault(work, shards) for _ in range(args.rounds)]
+        runs = [disturbed(work, shards, interval) for interval in sorted(args.intervals)]
         save = next((run.save for run in runs if run.save is not None), 0.0)
         restart = median(fault.restart for fault in faults)
-        repeated = again_and_again(work, work / "shards", args.every, save, restart)
+        repeated = again_and_again(work, shards, args.every, save, restart)
     except (RuntimeError, subprocess.SubprocessError, psutil.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -47,18 +47,29 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One rate over another of the same round. bar: what it must reach, if anything."""
+    """One figure over another of the same round. bar: what it must reach, limit: what it must not pass, if anything."""
 
     name: str
     ratio: Spread
     bar: float | None = None
+    limit: float | None = None
 
     @classmethod
-    def of(cls, name: str, rates: Sequence[float], others: Sequence[float], bar: float | None = None) -> "Ratio":
-        return cls(name, Spread.of([a / b for a, b in zip(rates, others, strict=True)]), bar)
+    def of(
+        cls,
+        name: str,
+        rates: Sequence[float],
+        others: Sequence[float],
+        bar: float | None = None,
+        *,
+        limit: float | None = None,
+    ) -> "Ratio":
+        return cls(name, Spread.of([a / b for a, b in zip(rates, others, strict=True)]), bar, limit)
 
     @property
     def verdict(self) -> str:
+        if self.limit is not None:
+            return f"<= {self.limit:g}: {'met' if self.ratio.median <= self.limit else 'MISSED'}"
         if self.bar is None:
             return ""
         return f">= {self.bar:g}: {'met' if self.ratio.median >= self.bar else 'MISSED'}"

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
-from processes import ROOT, kilobytes, launched, ranks_below, tool
+from processes import ROOT, kilobytes, launched, logged_rows, motion_shards, ranks_below, tool
 
 RESULTS = ROOT / "benchmarks" / "results"
 FRAMES, SIZE, CLIPS_PER_STEP = 16, 112, 2
@@ -79,11 +79,7 @@ def make_inputs(work: Path) -> None:
     """The checkpoint and the shards, each only if `work` does not hold it yet."""
     if not (work / "model").exists():
         tool("make_random_checkpoint.py", "--shape", "3b", "--out", work / "model")
-    if not (work / "shards").exists():
-        shutil.rmtree(work / "videos", ignore_errors=True)
-        tool("make_motion_clips.py", "--out", work / "videos", "--per-class", 1, "--size", SIZE)
-        settings = ("--frames", FRAMES, "--short-side", SIZE, "--workers", 0)
-        tool("make_shards.py", "folder", "--videos", work / "videos", "--out", work / "shards", *settings)
+    motion_shards(work, per_class=1, frames=FRAMES, size=SIZE)
 
 
 def train(work: Path, *, steps: int, stage: int) -> Result:
@@ -119,7 +115,7 @@ def train(work: Path, *, steps: int, stage: int) -> Result:
             if first_step is None and rows.exists() and rows.stat().st_size:
                 first_step = time.monotonic() - started
             time.sleep(SAMPLE_SECONDS)
-    logged = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    logged = logged_rows(output)
     seconds = [CLIPS_PER_STEP / row["samples_per_second"] for row in logged[1:]]
     return Result(
         stage=stage,

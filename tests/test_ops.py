@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import cpuinfo
 import pytest
+from deepspeed.ops.op_builder import CPUAdamBuilder
 
 from tests.support import launch
 from vidcls import ops
@@ -35,6 +38,22 @@ def test_the_cache_is_this_environments_and_its_ninja_comes_first(monkeypatch: p
     folder = ops._prepare_folder()
     assert folder == Path(sys.prefix) / "torch_extensions"
     assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/usr/bin"]
+
+
+def test_the_kernel_names_the_processor_as_cpuinfo_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Other flags would have every op compiled anew. Without an answer DeepSpeed asks as ever."""
+    builder = CPUAdamBuilder()
+    expected = builder.cpu_arch(), builder.simd_width()
+    asked = cpuinfo.get_cpu_info
+    monkeypatch.setattr("subprocess.Popen", None)  # what takes the time
+    with ops.known_processor():
+        assert (cpuinfo.get_cpu_info is asked) == (platform.machine() != "x86_64")
+        if cpuinfo.get_cpu_info is not asked:
+            assert (builder.cpu_arch(), builder.simd_width()) == expected
+    assert cpuinfo.get_cpu_info is asked
+    monkeypatch.setattr(ops, "PROCESSORS", tmp_path / "none")
+    with ops.known_processor():
+        assert cpuinfo.get_cpu_info is asked
 
 
 @pytest.mark.launch

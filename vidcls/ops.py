@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
+import importlib.util
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+PROCESSORS = Path("/proc/cpuinfo")
 
 
 def load_op(builder_name: str) -> Any:
@@ -34,7 +39,39 @@ def load_op(builder_name: str) -> Any:
         (cached / "lock").unlink(missing_ok=True)
         if not any(cached.glob("*.so")):
             _say(f"compiling DeepSpeed's {builder.name} (once; one to four minutes)")
-        return builder.load(verbose=False)
+        with known_processor():
+            return builder.load(verbose=False)
+
+
+@contextlib.contextmanager
+def known_processor() -> Iterator[None]:
+    """Have DeepSpeed's builders learn from the kernel which processor this is.
+
+    They ask py-cpuinfo, twice an op, which starts processes to run machine code: two seconds of every start on a CPU.
+    """
+    found = _processor()
+    if found is None or importlib.util.find_spec("cpuinfo") is None:
+        yield
+        return
+    cpuinfo: Any = importlib.import_module("cpuinfo")
+    asked = cpuinfo.get_cpu_info
+    cpuinfo.get_cpu_info = lambda: found
+    try:
+        yield
+    finally:
+        cpuinfo.get_cpu_info = asked
+
+
+def _processor() -> dict[str, Any] | None:
+    """What the builders read of py-cpuinfo's answer; None where the kernel tells it in other words."""
+    if platform.machine() != "x86_64":
+        return None
+    with contextlib.suppress(OSError):
+        for line in PROCESSORS.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, words = line.partition(":")
+            if name.strip() == "flags":
+                return {"arch": "X86_64", "flags": words.split()}
+    return None
 
 
 def _prepare_folder() -> Path:

@@ -53,8 +53,8 @@ def build_engine(config: Config, model: nn.Module, plan: BatchPlan) -> Engine:
 
 
 def _import_muon() -> None:
-    """DeepSpeed imports this optimizer to see that ours is another. Its functions are compiled meanwhile, for which torch
-    loads inductor: 1.4 s of a start."""
+    """DeepSpeed imports this optimizer to see that ours is another; torch would compile its functions meanwhile, and
+    load inductor for it: 1.4 s of a start."""
     compile = compiler.compile
     compiler.compile = lambda: compiler.dummy_decorator
     try:

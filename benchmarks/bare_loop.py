@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,10 +90,10 @@ def steps(run: Run, model: nn.Module) -> Callable[[], None]:
 
 def timed(function: Callable[[], Any]) -> float:
     """Seconds of one call, the device's work included."""
-    get_accelerator().synchronize()
+    distributed.synchronize()
     start = time.perf_counter()
     function()
-    get_accelerator().synchronize()
+    distributed.synchronize()
     return time.perf_counter() - start
 
 

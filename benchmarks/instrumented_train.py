@@ -29,16 +29,16 @@ class Clock:
         self._began = time.perf_counter()
 
     def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        from deepspeed.accelerator import get_accelerator
+        from vidcls import distributed
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            get_accelerator().synchronize()
+            distributed.synchronize()
             start = time.perf_counter()
             self._inside.append(0.0)
             try:
                 return function(*args, **kwargs)
             finally:
-                get_accelerator().synchronize()
+                distributed.synchronize()
                 took = time.perf_counter() - start
                 self._now[part] += took - self._inside.pop()
                 if self._inside:
@@ -55,13 +55,13 @@ class Clock:
 
 
 def instrument(clock: Clock) -> None:
-    import deepspeed
     import torch
 
     from vidcls.data.batch import Batch
     from vidcls.data.reading import BatchReader
     from vidcls.model.classifier import ActionClassifier
     from vidcls.training import loop
+    from vidcls.training.engine import Engine
 
     def wrap(owner: Any, name: str, part: str) -> None:
         setattr(owner, name, clock.around(part, getattr(owner, name)))
@@ -69,9 +69,9 @@ def instrument(clock: Clock) -> None:
     wrap(BatchReader, "__next__", "data wait")
     wrap(Batch, "to", "host to device")
     wrap(ActionClassifier, "_encode_video", "vision")
-    wrap(deepspeed.DeepSpeedEngine, "forward", "language forward")
-    wrap(deepspeed.DeepSpeedEngine, "backward", "backward")
-    wrap(deepspeed.DeepSpeedEngine, "step", "optimizer")
+    wrap(Engine, "forward", "language forward")
+    wrap(Engine, "backward", "backward")
+    wrap(Engine, "step", "optimizer")
     for name in ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast"):
         wrap(torch.distributed, name, "communication")
     train_step = loop.train_step

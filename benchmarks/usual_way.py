@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
+from vidcls import distributed
 from vidcls.config import load_config
 from vidcls.model.patches import CLIP_MEAN, CLIP_STD
 from vidcls.model.prompt import PromptEncoder
@@ -113,7 +113,7 @@ class Clock(TrainerCallback):
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        get_accelerator().synchronize()
+        distributed.synchronize()
         self.ends.append(time.perf_counter())
 
 
@@ -155,7 +155,7 @@ def main() -> None:
         gradient_checkpointing_kwargs={"use_reentrant": False},
         dataloader_num_workers=config.data.dataloader_num_workers,
         remove_unused_columns=False,
-        use_cpu=get_accelerator().device_name() == "cpu",
+        use_cpu=distributed.accelerator_name() == "cpu",
         save_strategy="no",
         report_to="none",
         logging_strategy="no",

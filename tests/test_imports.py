@@ -36,7 +36,7 @@ ROWS = (
 )
 # DeepSpeed is known where processes are made, where its compiled ops are used, and to training.
 DEEPSPEED = {"vidcls.ops", "vidcls.distributed", "vidcls.training"}
-PEFT = {"vidcls.model.adapters", "vidcls.model.tuning", "vidcls.export"}
+PEFT = {"benchmarks.usual_way", "vidcls.model.adapters", "vidcls.model.tuning", "vidcls.export"}
 HEAVY = ("torch", "numpy", "transformers", "deepspeed", "peft", "av", "decord", "PIL")
 
 

@@ -178,6 +178,13 @@ def accelerator_name() -> str:
     return get_accelerator().device_name()
 
 
+def synchronize() -> None:
+    """Wait until the device has done all it was given. Needs no process group."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().synchronize()
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch's generators, the accelerator's included (dropout; never the order of samples)."""
     from deepspeed.accelerator import get_accelerator

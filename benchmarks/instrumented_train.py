@@ -68,7 +68,7 @@ def instrument(clock: Clock) -> None:
 
     wrap(BatchReader, "__next__", "data wait")
     wrap(Batch, "to", "host to device")
-    wrap(ActionClassifier, "_encode_video", "vision")
+    wrap(ActionClassifier, "encode_video", "vision")
     wrap(Engine, "forward", "language forward")
     wrap(Engine, "backward", "backward")
     wrap(Engine, "step", "optimizer")

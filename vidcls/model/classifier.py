@@ -137,18 +137,15 @@ class ActionClassifier(nn.Module):
         embeds_ND = embeds_ND.masked_scatter(is_video_N[:, None], video_VD.to(embeds_ND.dtype))
         embeds_ND = self.action_token(embeds_ND, is_action_N)
         lasts_only = answer_labels_BL is None and not self._heads_read_tokens
-        hidden_RD = (
-            language_model(
-                inputs_embeds=embeds_ND[None],
-                position_ids=_packed(position_ids_3BL.flatten(1), tokens_N)[:, None],
-                attention_mask={"full_attention": None},  # attention is cut into pieces, and within them causal
-                use_cache=False,
-                pieces=pieces_of(lengths, device),
-                lasts_only=lasts_only,
-            )
-            .last_hidden_state[0]
-            .to(self.dtype)
+        language_out = language_model(
+            inputs_embeds=embeds_ND[None],
+            position_ids=_packed(position_ids_3BL.flatten(1), tokens_N)[:, None],
+            attention_mask={"full_attention": None},  # attention is cut into pieces, and within them causal
+            use_cache=False,
+            pieces=pieces_of(lengths, device),
+            lasts_only=lasts_only,
         )
+        hidden_RD = language_out.last_hidden_state[0].to(self.dtype)
         if lasts_only:
             return self._classify(hidden_RD, heads_B, {})
         hidden_BLD = _padded(hidden_RD, tokens_N, batch, longest)

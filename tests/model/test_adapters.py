@@ -104,6 +104,16 @@ def test_evaluation_drops_nothing():
         torch.testing.assert_close(one, layer(x))
 
 
+def test_an_input_is_kept_once_for_adapters_and_not_at_all_without():
+    x = torch.randn(50, 12)
+    for targets, copies in ((NAMES, 1), (("b",), 1), ((), 0)):
+        layers, kept = make_layers(targets), []
+        inputs = (x.clone().requires_grad_() * 1).contiguous()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t) or t, lambda t: t):
+            project(inputs, layers.all())
+        assert sum(t.data_ptr() == inputs.data_ptr() for t in kept) == copies
+
+
 def made_by_peft_itself(change):
     layers = make_layers(use_dora=change == "dora")
     if change == "merged":

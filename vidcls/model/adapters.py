@@ -112,7 +112,7 @@ class _Projections(torch.autograd.Function):
                 y_NO.addmm_(low_NS[:, start : start + rank], layer.up_OR.t(), alpha=factor)
                 start += rank
             outputs.append(y_NO)
-        ctx.save_for_backward(x_NK, keep_NK, low_NS, *tensors)
+        ctx.save_for_backward(x_NK if downs else None, keep_NK, low_NS, *tensors)  # a frozen layer needs no input
         ctx.factors = factors
         return tuple(outputs)
 

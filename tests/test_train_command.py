@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.support import launch
+from tests.support.own_forwards import with_own_forwards
 
 RECIPE = "launch/recipes/quickstart.yaml"
 
@@ -102,7 +104,7 @@ def test_plain_peft_and_transformers_load_the_checkpoint(finished_run: Path, tmp
     tiny_backbone().save_pretrained(tmp_path / "base")
     base = AutoModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     plain = PeftModel.from_pretrained(base, str(checkpoint), autocast_adapter_dtype=False).get_base_model()
-    ours = load_model(checkpoint)[0].inner
+    ours: Any = with_own_forwards(load_model(checkpoint)[0].inner)
     base_alone = AutoModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     embeds = torch.randn(2, 9, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.inference_mode():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from tests.support.own_forwards import with_own_forwards
 from vidcls.model.classifier import ActionClassifier, ActionToken
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.language_head import LanguageHead
@@ -76,11 +77,8 @@ def make_batch(clips=CLIPS):
 
 
 def plain_backbone(classifier):
-    """A copy whose layers have transformers' and PEFT's own forwards again."""
-    backbone = copy.deepcopy(classifier.inner)
-    for module in backbone.modules():
-        vars(module).pop("forward", None)
-    return backbone
+    """A copy with transformers' and PEFT's own layers."""
+    return with_own_forwards(copy.deepcopy(classifier.inner))
 
 
 def reference_logits(classifier, clips):

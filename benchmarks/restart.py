@@ -7,6 +7,9 @@ to the end of step 1, and from the SIGKILL of a rank to the end of the first ste
 ending what is left, waiting (--backoff 1), starting again, reading the checkpoint. Then, for each save interval, a run
 of 60 steps in which a rank is killed at step 44, and where its time went:
 
+Training stands for its checkpoints (async_save=false), so that they show; written behind training they cost less
+(benchmarks/startup.py).
+
     useful     steps that count, by the rates in the log          saving   steps done once, less that: the checkpoints
     again      steps that no checkpoint held                      starts   all else: both starts, the end, the waiting
 
@@ -97,6 +100,7 @@ class Run:
             "output_dir": self.output,
             "max_steps": steps,
             "save_steps": interval,
+            "async_save": "false",  # so that the clock shows what a save costs
             "logging_steps": 1,
             "plot_loss": "false",
             "dataloader_num_workers": 0,

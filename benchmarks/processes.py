@@ -21,12 +21,19 @@ def tool(name: str, *words: object) -> None:
     subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, words)], cwd=ROOT, check=True)
 
 
-def motion_shards(work: Path, *, per_class: int, frames: int, size: int) -> Path:
-    """Shards of synthetic clips of four classes below `work`, made only if it does not hold them yet."""
+def motion_shards(
+    work: Path, *, per_class: int, frames: int, size: int, video_frames: int = 24, video_size: int | None = None
+) -> Path:
+    """Shards of synthetic clips of four classes below `work`, made only if it does not hold them yet.
+
+    Args:
+        frames, size: of a stored clip. video_frames, video_size: of the videos it is cut from (default: as large).
+    """
     shards = work / "shards"
     if not shards.exists():
         shutil.rmtree(work / "videos", ignore_errors=True)
-        tool("make_motion_clips.py", "--out", work / "videos", "--per-class", per_class, "--size", size)
+        video = ("--per-class", per_class, "--frames", video_frames, "--size", video_size or size)
+        tool("make_motion_clips.py", "--out", work / "videos", *video)
         settings = ("--frames", frames, "--short-side", size, "--workers", 0)
         tool("make_shards.py", "folder", "--videos", work / "videos", "--out", shards, *settings)
     return shards

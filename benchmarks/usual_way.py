@@ -5,8 +5,9 @@
 Hugging Face's Trainer on Qwen2_5_VLForConditionalGeneration with PEFT's LoRA: the head reads the last of all hidden
 states (output_hidden_states=True), logits over the whole vocabulary are computed beside it, layers are recomputed in
 backward (gradient_checkpointing=True), and a dataset decodes each video with decord when it is asked for. Model, clips,
-frames, frame size, prompt, LoRA layers, rank, dropout, micro-batch, loader workers and precision are the recipe's.
-The frozen vision tower keeps no gradients here either.
+frames, frame size, prompt, LoRA layers, rank, dropout, micro-batch and loader workers are the recipe's; frames and
+texts are prepared by vidcls's own functions, so that both train on the same. Precision is the Trainer's bf16, in which
+PEFT keeps adapters in float32 and autocast rounds them. The frozen vision tower keeps no gradients here either.
 """
 
 import argparse
@@ -19,19 +20,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 
 from vidcls import distributed
 from vidcls.config import load_config
-from vidcls.model.patches import CLIP_MEAN, CLIP_STD
-from vidcls.model.prompt import PromptEncoder
+from vidcls.data.batch import prepare_clip
+from vidcls.model.patches import frames_to_patches
 from vidcls.sharding.readers.folder import read_folder
 from vidcls.training.setup import Run, setup
-
-PATCH, TUBELET, MERGE = 14, 2, 2
 
 
 class Videos(Dataset[dict[str, Any]]):
@@ -39,10 +37,9 @@ class Videos(Dataset[dict[str, Any]]):
 
     def __init__(self, run: Run, videos: Path, length: int) -> None:
         _, self.records = read_folder(videos)
-        self.encoder: PromptEncoder = run.encoder
+        self.encoder = run.encoder
         self.prompt = next(iter(run.spec.prompts.values()))
         self.frames, self.length = run.config.data.video_maxlen, length
-        self.most = run.config.data.video_max_pixels
 
     def __len__(self) -> int:
         return self.length
@@ -53,22 +50,19 @@ class Videos(Dataset[dict[str, Any]]):
         record = self.records[number % len(self.records)]
         reader = decord.VideoReader(str(record.path), num_threads=1)
         chosen = np.linspace(0, len(reader) - 1, self.frames).round().astype(int)
-        frames = reader.get_batch(chosen).asnumpy()
-        height, width = self.encoder.frame_size(len(frames), *frames.shape[1:3])
-        pixels = np.stack(
-            [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC)) for f in frames]
+        clip = prepare_clip(
+            key=record.key,
+            label=record.label,
+            frames=reader.get_batch(chosen).asnumpy(),
+            times=(chosen / reader.get_avg_fps()).tolist(),
+            prompt=self.prompt,
+            encoder=self.encoder,
+            max_frames=self.frames,
         )
-        grid = self.encoder.grid(len(pixels), height, width)
-        text = self.encoder.encode(self.prompt, grid, TUBELET / reader.get_avg_fps() * (len(reader) / len(frames)))
-        return {"pixels": patches(pixels), "grid": grid, "ids": text.input_ids, "label": record.label}
-
-
-def patches(frames: np.ndarray) -> np.ndarray:
-    """float32 [patches, 1176] of uint8 frames [T, H, W, 3], in the order of transformers' Qwen2-VL video processor."""
-    t, h, w = len(frames) // TUBELET, frames.shape[1] // PATCH // MERGE, frames.shape[2] // PATCH // MERGE
-    normal = (frames / 255.0 - np.array(CLIP_MEAN)) / np.array(CLIP_STD)
-    cut = normal.astype(np.float32).reshape(t, TUBELET, h, MERGE, PATCH, w, MERGE, PATCH, 3)
-    return cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w * MERGE**2, -1)
+        pixels = frames_to_patches(
+            torch.from_numpy(clip.frames).flatten(), (clip.grid,), self.encoder.geometry, torch.float32
+        )
+        return {"pixels": pixels, "grid": clip.grid, "ids": clip.text.input_ids, "label": clip.label}
 
 
 def collate(rows: list[dict[str, Any]], video_id: int) -> dict[str, torch.Tensor]:
@@ -82,7 +76,7 @@ def collate(rows: list[dict[str, Any]], video_id: int) -> dict[str, torch.Tensor
         "input_ids": ids,
         "attention_mask": mask,
         "mm_token_type_ids": (ids == video_id).int() * 2,
-        "pixel_values_videos": torch.from_numpy(np.concatenate([row["pixels"] for row in rows])),
+        "pixel_values_videos": torch.cat([row["pixels"] for row in rows]),
         "video_grid_thw": torch.tensor([row["grid"] for row in rows]),
         "labels": torch.tensor([row["label"] for row in rows]),
     }
@@ -171,7 +165,7 @@ def main() -> None:
     )
     trainer.train()
     times = np.diff(clock.ends).tolist()
-    args.out.write_text(json.dumps({"seconds": times, "clips": plan.global_}), encoding="utf-8")
+    args.out.write_text(json.dumps({"seconds": times}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -150,8 +150,10 @@ class ActionClassifier(nn.Module):
             return self._classify(hidden_RD, heads_B, {})
         hidden_BLD = _padded(hidden_RD, tokens_N, batch, longest)
         state_BD = hidden_BLD[torch.arange(batch, device=device), action_positions_B]
-        is_read_BL = _padded((is_video_N | is_action_N)[:, None], tokens_N, batch, longest)[..., 0]
-        read = {"tokens_BLD": hidden_BLD, "mask_BL": is_read_BL} if self._heads_read_tokens else {}
+        read = {}
+        if self._heads_read_tokens:
+            is_read_BL = _padded((is_video_N | is_action_N)[:, None], tokens_N, batch, longest)[..., 0]
+            read = {"tokens_BLD": hidden_BLD, "mask_BL": is_read_BL}
         logits_BC = self._classify(state_BD, heads_B, read)
         if answer_labels_BL is None:
             return logits_BC

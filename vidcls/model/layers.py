@@ -120,15 +120,24 @@ def _language_attention(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     pieces: Pieces,
+    lasts: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    q, k, v = project(hidden_states[0], (self.q_proj, self.k_proj, self.v_proj))
+    """[1, R, D]: all tokens, or those of `lasts`, the last one of each piece."""
+    hidden_ND = hidden_states[0]
     cos_N1E, sin_N1E = (table[0][:, None] for table in position_embeddings)
-    q_NHE, k_NGE, v_NGE = (t.view(len(t), -1, self.head_dim) for t in (q, k, v))
-    q_NHE, k_NGE = _Rotary.apply(q_NHE, cos_N1E, sin_N1E), _Rotary.apply(k_NGE, cos_N1E, sin_N1E)
-    out_NHE = attend(self, q_NHE, k_NGE, v_NGE, pieces, causal=True)
-    (out_ND,) = project(out_NHE.flatten(1), (self.o_proj,))
-    return out_ND[None], None
+    if lasts is None:
+        q, k, v = project(hidden_ND, (self.q_proj, self.k_proj, self.v_proj))
+        cos_R1E, sin_R1E = cos_N1E, sin_N1E
+    else:
+        k, v = project(hidden_ND, (self.k_proj, self.v_proj))
+        (q,) = project(hidden_ND[lasts], (self.q_proj,))
+        cos_R1E, sin_R1E = cos_N1E[lasts], sin_N1E[lasts]
+    q_RHE, k_NGE, v_NGE = (t.view(len(t), -1, self.head_dim) for t in (q, k, v))
+    q_RHE, k_NGE = _Rotary.apply(q_RHE, cos_R1E, sin_R1E), _Rotary.apply(k_NGE, cos_N1E, sin_N1E)
+    out_RHE = attend(self, q_RHE, k_NGE, v_NGE, pieces, causal=True, lasts_only=lasts is not None)
+    (out_RD,) = project(out_RHE.flatten(1), (self.o_proj,))
+    return out_RD[None], None
 
 
 def _last_layer(
@@ -143,16 +152,9 @@ def _last_layer(
     tokens, everything else of these alone."""
     if not lasts_only:
         return type(self).forward(self, hidden_states, position_embeddings=position_embeddings, pieces=pieces, **kwargs)
-    attention, lasts = self.self_attn, pieces.lasts
-    normal_ND = self.input_layernorm(hidden_states)[0]
-    k, v = project(normal_ND, (attention.k_proj, attention.v_proj))
-    (q,) = project(normal_ND[lasts], (attention.q_proj,))
-    cos_N1E, sin_N1E = (table[0][:, None] for table in position_embeddings)
-    q_RHE, k_NGE, v_NGE = (t.view(len(t), -1, attention.head_dim) for t in (q, k, v))
-    q_RHE, k_NGE = _Rotary.apply(q_RHE, cos_N1E[lasts], sin_N1E[lasts]), _Rotary.apply(k_NGE, cos_N1E, sin_N1E)
-    out_RHE = attend(attention, q_RHE, k_NGE, v_NGE, pieces, causal=True, lasts_only=True)
-    (out_RD,) = project(out_RHE.flatten(1), (attention.o_proj,))
-    hidden = hidden_states[:, lasts] + out_RD[None]
+    normal = self.input_layernorm(hidden_states)
+    read, _ = self.self_attn(normal, position_embeddings=position_embeddings, pieces=pieces, lasts=pieces.lasts)
+    hidden = hidden_states[:, pieces.lasts] + read
     return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 

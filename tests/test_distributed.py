@@ -87,3 +87,25 @@ def test_another_version_on_one_host_is_named(monkeypatch: pytest.MonkeyPatch) -
         distributed._check_equal_versions()
     monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, mine])
     distributed._check_equal_versions()
+
+
+AGAIN = """
+import resource, torch
+from vidcls import distributed
+distributed.start(60)
+def faults():
+    for _ in range(10):
+        torch.ones(25_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(-faults() + faults())
+distributed.stop()
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_memory_that_was_freed_is_used_again() -> None:
+    """100 MB ten times are 244,000 pages of 4 kB, or 500 of 2 MB."""
+    words = [sys.executable, "-c", AGAIN]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=True)
+    assert int(done.stdout.splitlines()[-1]) < 100

@@ -7,6 +7,7 @@ process. What needs the process group comes after `start`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import gc
 import hashlib
@@ -14,6 +15,7 @@ import importlib.metadata
 import os
 import platform
 import socket
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from vidcls.faults.processes import folder_of, hosts_of_launch, launchers, words
 from vidcls.manifest import StorageError
 from vidcls.ops import load_op
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 SHM_FOLDER = Path("/dev/shm")
 SHM_PREFIX = "deepspeed_allreduce_buffer"
 SHM_AGE = 60  # seconds; a younger one may belong to a rank that is about to map it
@@ -116,6 +119,7 @@ def start(timeout_seconds: int, file_timeout_seconds: int | None = None) -> None
     if accelerator.device_name() == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
+        _keep_freed_memory()
     else:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # DeepSpeed's CPU backend maps a 69 MB buffer per rank in /dev/shm while it starts and leaves the file behind when
@@ -234,6 +238,20 @@ def all_or_none(what: str, group: torch.distributed.ProcessGroup | None = None) 
         if outcome is not None:
             kind, reason = outcome
             raise kind(f"{what} failed on rank {index}: {reason}")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed instead of giving it back to the system, as allocators of GPUs do.
+
+    Every step asks for the same activations and buckets again, and the page faults of fresh memory take longer than
+    many an operation on it. Other C libraries are left alone, and so are settings from the environment.
+    """
+    if sys.platform != "linux" or "MALLOC_TRIM_THRESHOLD_" in os.environ:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)  # the largest M_MMAP_THRESHOLD is 32 MB, and ZeRO's buckets are larger
 
 
 def _on_several_hosts() -> bool:

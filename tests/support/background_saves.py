@@ -132,7 +132,8 @@ def run_case(case: str, shards: Path, top: Path) -> dict[str, Any]:
             loop.train(setup(config))
         except RuntimeError as error:
             told = f"{type(error).__name__}: {error}"
-    return {"error": told, "steps": steps, "lines": [line for line in lines if line]}
+    threads = [thread.name for thread in threading.enumerate()]
+    return {"error": told, "steps": steps, "lines": [line for line in lines if line], "threads": threads}
 
 
 def main() -> None:

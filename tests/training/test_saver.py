@@ -78,6 +78,11 @@ def test_a_line_is_said_when_the_checkpoint_is_whole(alone: Path) -> None:
     assert lines[3].startswith(f"saved {alone / 'waits' / 'checkpoint-2'} (")
 
 
+def test_no_thread_stays_behind(alone: Path) -> None:
+    """One that has computed with torch slows all others' OpenMP barriers down for as long as it lives."""
+    assert told(alone, "2-behind")["threads"] == told(alone, "2-standing")["threads"]
+
+
 def test_the_log_tells_for_how_long_training_stood(alone: Path) -> None:
     rows = [json.loads(line) for line in (alone / "2-standing" / "train_log.jsonl").read_text().splitlines()]
     assert ["save_stall_seconds" in row for row in rows] == [False, False, True, False]

@@ -134,22 +134,20 @@ def _flash(
 def _plain(
     q_PHRE: torch.Tensor, k_PGLE: torch.Tensor, v_PGLE: torch.Tensor, scale: float, *, causal: bool
 ) -> torch.Tensor:
-    """Attention written out, softmax in float32: [P, H, R, E].
+    """Attention written out: [P, H, R, E]. torch computes a softmax of bf16 values in float32.
 
     Query heads that share a key head are rows of one matrix product.
     """
     pieces, heads, rows, width = q_PHRE.shape
-    shared, columns = k_PGLE.shape[1], k_PGLE.shape[2]
-    q = q_PHRE.reshape(pieces, shared, heads // shared * rows, width)
-    scores = (q @ k_PGLE.transpose(2, 3)).view(pieces, heads, rows, columns).float() * scale
-    if causal:
-        scores = scores + _causal_mask(rows, q.device)
-    weights = scores.softmax(dim=-1).to(q.dtype).view(pieces, shared, -1, columns)
-    return (weights @ v_PGLE).view(pieces, heads, rows, width)
+    shared = k_PGLE.shape[1]
+    q, k, v = q_PHRE.reshape(pieces * shared, -1, width), k_PGLE.flatten(0, 1), v_PGLE.flatten(0, 1)
+    mask = _causal_mask(rows, q.dtype, q.device).repeat(heads // shared, 1) if causal else q.new_zeros(())
+    weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(dim=-1)
+    return (weights @ v).view(pieces, heads, rows, width)
 
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _causal_mask(length: int, device: torch.device) -> torch.Tensor:
+def _causal_mask(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """0 where a row may look, -inf beyond."""
-    return torch.full((length, length), -math.inf, device=device).triu_(1)
+    return torch.full((length, length), -math.inf, dtype=dtype, device=device).triu_(1)

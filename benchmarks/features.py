@@ -76,9 +76,9 @@ def main() -> None:
             },
             args.rounds,
         )
-    stored = {"frames": float(index.size.mean()), "features": float(np.mean(clip_bytes(index, cache.origin)))}
+    stored = {"frames": index.size.mean() / 1e3, "features": np.mean(clip_bytes(index, cache.origin)) / 1e3}
     rates = {name: sorted(each)[len(each) // 2] for name, each in found.rates.items()}
-    rows = [(name, f"{rates[name]:.0f}", f"{stored[name] / 1e3:.1f}") for name in stored]
+    rows = [(name, f"{rates[name]:.0f}", f"{stored[name]:.1f}") for name in stored]
     table(f"{args.workers} workers, warm", ("read", "clips/s (median)", "kB stored a clip"), rows)
     ratios = [
         Ratio.of("features / frames, clips/s", found.rates["features"], found.rates["frames"]),

@@ -100,8 +100,9 @@ def clips_of(videos: Path | None, count: int, work: Path) -> tuple[LabelSpace, l
 
 
 def conditions(*packages: str) -> dict[str, Any]:
-    """Machine and versions, to stand beside the figures."""
+    """Machine, versions and the command's words, to stand beside the figures."""
     return {
+        "command": sys.argv[1:],
         "machine": f"{platform.machine()}, Python {platform.python_version()}",
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 2),

@@ -296,7 +296,7 @@ def main() -> int:
     name = f"startup_{args.shape}_zero{args.stage}"
     versions = conditions("torch", "deepspeed", "transformers", "peft", "safetensors")
     figures = {"rounds": rounds, "ratios": ratios, "size": size, "recipes": recipes}
-    write_json(RESULTS / f"{name}.json", {**versions, "command": sys.argv, **figures})
+    write_json(RESULTS / f"{name}.json", {**versions, **figures})
     plot(rounds, title, RESULTS / f"{name}.png")
     return 0
 

@@ -3,8 +3,8 @@
     python benchmarks/bare_loop.py RECIPE key=value ... --steps 5 --out FILE
 
 One process, no DeepSpeed, torch's fused AdamW on the weights as they are. Also counts the floating-point operations of
-a step's matrix products (2 per multiply-add), measures the machine's best rate of them, and how long this step's own
-products take one by one, with nothing in between.
+a step's matrix products (2 per multiply-add), measures the machine's best rate of them after each step, and how long
+the step's own products take one by one, with nothing in between.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from turns import Turns
 
 from vidcls import distributed
 from vidcls.config import load_config
@@ -31,9 +32,10 @@ from vidcls.data.order import StepLayout
 from vidcls.model.pretrained import TrainingExtras, build_model
 from vidcls.training.setup import Run, setup
 
+WARM_UP = 2  # steps: the second one still meets fresh memory
 IN_MEMORY = 4  # micro-batches that are read before the clock starts, and then go round
 PEAK_ROWS = (512, 1024, 2048, 4096)
-REPEATS = 7
+REPEATS = 3
 Product = tuple[str, tuple[tuple[int, ...], ...]]  # kind, shapes
 
 
@@ -97,10 +99,10 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def usually(function: Callable[[], Any], repeats: int = REPEATS) -> float:
+def usually(function: Callable[[], Any]) -> float:
     """The median time of several calls after one that does not count."""
     function()
-    return statistics.median(timed(function) for _ in range(repeats))
+    return statistics.median(timed(function) for _ in range(REPEATS))
 
 
 def peak(width: int, wide: int, dtype: torch.dtype) -> float:
@@ -119,7 +121,7 @@ def products_alone(products: Products, dtype: torch.dtype) -> float:
     for (kind, shapes), count in products.counts.items():
         left, right = (torch.randn(shape, device=distributed.device()).to(dtype) for shape in shapes)
         multiply = torch.bmm if kind == "bmm" else torch.mm
-        total += count * usually(partial(multiply, left, right), 3)
+        total += count * usually(partial(multiply, left, right))
     return total
 
 
@@ -127,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--steps", type=int, required=True, help="after the first, which warms up")
+    parser.add_argument("--steps", type=int, required=True, help="that count")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     parser.add_argument("--ceiling", action="store_true", help="count operations and measure the machine too")
     args = parser.parse_args()
@@ -136,17 +138,25 @@ def main() -> None:
     model = build_model(run.spec, run.encoder, run.heads, seed=run.config.run.seed, extras=extras)
     model.to(distributed.device()).train()
     step = steps(run, model)
-    step()
-    times = [timed(step) for _ in range(args.steps)]
-    result: dict[str, Any] = {"seconds": times, "device": distributed.accelerator_name()}
+    text = model.inner.config.get_text_config()
+    best = partial(peak, text.hidden_size, text.intermediate_size, run.spec.dtype)
+    for _ in range(WARM_UP):
+        step()
+    peaks: list[float] = []
+    turns = Turns(distributed.synchronize)
+    for _ in range(args.steps):
+        turns.next(aside=lambda: peaks.append(best()))
+        step()
+    turns.next(last=True, aside=lambda: peaks.append(best()))
+    result: dict[str, Any] = {"seconds": turns.seconds, "device": distributed.accelerator_name()}
+    result["peak_flops_per_second"] = peaks
     if args.ceiling:
         with Products() as products:
             step()
-        text = model.inner.config.get_text_config()
         result |= {
             "flops": products.flops,
-            "peak_flops_per_second": peak(text.hidden_size, text.intermediate_size, run.spec.dtype),
             "products_alone_seconds": products_alone(products, run.spec.dtype),
+            "peak_beside_products": best(),
         }
     args.out.write_text(json.dumps(result), encoding="utf-8")
     distributed.stop()

@@ -1,9 +1,12 @@
-"""launch/train.py with a clock around the parts of a step; throughput.py starts it through the launcher.
+"""launch/train.py with a clock; throughput.py starts it through the launcher.
 
     deepspeed benchmarks/instrumented_train.py RECIPE key=value ...
 
 Writes parts.json into output_dir: for each optimizer step of the main rank the seconds of each part. The device is
 waited for around every part, which costs a little of what it measures on a GPU and nothing on a CPU.
+
+As a contestant that takes turns step by step (turns.py) it writes turns.json instead: the seconds from one step's
+beginning to the next one's, without the warm-up and the last step.
 """
 
 import json
@@ -15,8 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from turns import PLACE, Turns
+
 ROOT = Path(__file__).resolve().parents[1]
-PARTS_NAME = "parts.json"
+PARTS_NAME, TURNS_NAME = "parts.json", "turns.json"
+WARM_UP = 3  # steps that do not count: the self-check looks at them
 
 
 class Clock:
@@ -84,17 +90,38 @@ def instrument(clock: Clock) -> None:
     loop.train_step = step
 
 
+def take_turns(steps: int) -> Turns:
+    """A turn is a step and what the loop does behind it; there are `steps` in all."""
+    from vidcls import distributed
+    from vidcls.training import loop
+
+    turns, train_step = Turns(distributed.synchronize), loop.train_step
+
+    def step(*args: Any, step: int, **kwargs: Any) -> Any:
+        if step >= WARM_UP:
+            turns.next(last=step == steps - 1)
+        return train_step(*args, step=step, **kwargs)
+
+    loop.train_step = step
+    return turns
+
+
 def main() -> None:
     from vidcls.command import command_arguments
     from vidcls.config import load_config
 
     words = command_arguments()
-    output = Path(load_config(words[0], words[1:]).run.output_dir)
-    clock = Clock()
-    instrument(clock)
+    config = load_config(words[0], words[1:])
+    name, clock, turns = PARTS_NAME, Clock(), None
+    if PLACE in os.environ:
+        assert config.optim.max_steps is not None
+        name, turns = TURNS_NAME, take_turns(config.optim.max_steps)
+    else:
+        instrument(clock)
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
     if os.environ.get("RANK", "0") == "0":
-        (output / PARTS_NAME).write_text(json.dumps(clock.steps), encoding="utf-8")
+        found: Any = clock.steps if turns is None else turns.seconds
+        (Path(config.run.output_dir) / name).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

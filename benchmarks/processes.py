@@ -48,17 +48,34 @@ def logged_rows(output_dir: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def launched(ranks: int, words: Sequence[object], log: Path, script: str = "launch/train.py") -> Iterator[psutil.Popen]:
-    """`script` with `words` on `ranks` ranks, its output in `log`; nothing of its session is left behind."""
-    command = [DEEPSPEED, "--num_gpus", ranks, "--master_port", free_port(), script, *words]
+def session(command: Sequence[object], log: Path, **environment: str) -> Iterator[psutil.Popen]:
+    """A command that leads a session of its own, its output in `log`; nothing of the session is left behind."""
+    words = [str(word) for word in command]
     with log.open("w") as file:
-        launcher = psutil.Popen(
-            [str(word) for word in command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        leader = psutil.Popen(
+            words,
+            cwd=ROOT,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **environment},
         )
     try:
-        yield launcher
+        yield leader
     finally:
-        end_session(launcher.pid)
+        end_session(leader.pid)
+
+
+def launch_words(ranks: int, words: Sequence[object], script: str = "launch/train.py") -> list[object]:
+    """`script` with `words` on `ranks` ranks."""
+    return [DEEPSPEED, "--num_gpus", ranks, "--master_port", free_port(), script, *words]
+
+
+@contextlib.contextmanager
+def launched(ranks: int, words: Sequence[object], log: Path, script: str = "launch/train.py") -> Iterator[psutil.Popen]:
+    """`script` with `words` on `ranks` ranks, its output in `log`; nothing of its session is left behind."""
+    with session(launch_words(ranks, words, script), log) as launcher:
+        yield launcher
 
 
 def ranks_below(launcher: psutil.Process) -> list[psutil.Process]:

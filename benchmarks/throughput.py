@@ -4,32 +4,41 @@
     python benchmarks/throughput.py --shape tiny --steps 30
 
 Contestants train the same model (random weights) on the same clips with the same settings, each in processes of its
-own, one after the other in every round: `vidcls` is launch/train.py, `bare loop` is bare_loop.py, `usual way` is
-usual_way.py. The last run is once more vidcls, taken apart by instrumented_train.py. The ceiling, the machine's best
-rate of bf16 matrix products, is measured in the bare loop's process, and the operations of a step are counted there:
-what a LoRA step needs, no gradients of frozen weights. Products inside the fused attention of the frozen tower are left
-out; with `--option gradient_checkpointing=true` what is recomputed is in.
+own: `vidcls` is launch/train.py, `bare loop` is bare_loop.py, `usual way` is usual_way.py. In every round one runs
+after the other. With `--turns steps` vidcls meets each of the others alone: both are alive and take turns step by step,
+so that they find the same machine. That is for steps of seconds, and where two fit into memory. The last run is once
+more vidcls, by itself and taken apart by instrumented_train.py: it tells the wait for data, which another's turn hides.
+
+The ceiling, the machine's best rate of bf16 matrix products, is measured in the bare loop's process after each of its
+steps, and the operations of a step are counted there: what a LoRA step needs, no gradients of frozen weights. Products
+inside the fused attention of the frozen tower are left out; with `--option gradient_checkpointing=true` what is
+recomputed is in.
 
 Warm-up steps are left out; figures are medians over the steps of all rounds, ratios are taken within a round. Exit
 codes: 0 done, 1 a contestant failed (its log is shown), 2 wrong options.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
-from instrumented_train import PARTS_NAME
-from processes import ROOT, launched, logged_rows, motion_shards, tool
-from rounds import RESULTS, Ratio, Spread, conditions, show_ratios, table, take_turns, write_json
+import psutil
+from instrumented_train import PARTS_NAME, TURNS_NAME, WARM_UP
+from processes import launch_words, launched, motion_shards, session, tool
+from rounds import RESULTS, Ratio, Spread, conditions, show_ratios, table, write_json
+from turns import environment
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 BARE, USUAL, OURS = "bare loop", "usual way", "vidcls"
-WARM_UP = 2  # steps of vidcls that do not count: the self-check looks at them
+CLOCKED = "benchmarks/instrumented_train.py"
 BARS = {BARE: 0.97, USUAL: 2.5}
 BAR_WITH_CACHE = 3.5  # over the usual way
 
@@ -49,7 +58,7 @@ class Bench:
             self.options.append(f"vision_cache={work / 'features'}")
             tool("cache_features.py", *self.words(work / "caching", 1))
         self.bare: list[dict[str, Any]] = []
-        self.seconds: dict[str, list[float]] = {name: [] for name in (OURS, BARE, USUAL)}
+        self.matches: list[dict[str, list[float]]] = []  # of contestants that are compared, the seconds of each step
 
     def words(self, output: Path, steps: int) -> list[str]:
         args = self.args
@@ -80,67 +89,82 @@ class Bench:
         }
         return ["launch/recipes/ucf101.yaml", *(f"{k}={v}" for k, v in options.items()), *self.options]
 
-    def ours(self, script: str = "launch/train.py") -> Path:
-        output = Path(tempfile.mkdtemp(dir=self.work))
-        log = output.with_suffix(".log")
-        steps = self.args.steps + WARM_UP
-        with launched(self.args.ranks, self.words(output / "run", steps), log, script) as launcher:
-            launcher.wait()
-        if launcher.returncode:
-            raise RuntimeError(f"{OURS} failed:\n{log.read_text()[-3000:]}")
-        return output / "run"
+    def round(self) -> None:
+        if self.args.turns == "steps":
+            self.matches += [self._play([OURS, name]) for name in self.args.against]
+        else:
+            alone = [self._play([name]) for name in (OURS, *self.args.against)]
+            self.matches.append(dict(ChainMap(*alone)))
 
-    def run_ours(self) -> float:
-        clips = self.args.micro_batch * self.args.ranks
-        return self._keep(OURS, [clips / row["samples_per_second"] for row in logged_rows(self.ours())[WARM_UP:]])
+    def rates(self, name: str, beside: str) -> list[float]:
+        """Clips a second in each of the matches with `beside`."""
+        clips = self.args.micro_batch * (self.args.ranks if name == OURS else 1)
+        return [clips / statistics.median(match[name]) for match in self.matches if beside in match]
 
-    def run_script(self, name: str, script: str, *options: object) -> float:
-        out = Path(tempfile.mkdtemp(dir=self.work)) / "figures.json"
-        words = [f"benchmarks/{script}", *self.words(out.parent / "run", self.args.steps + 1)]
-        command = [sys.executable, *words, "--steps", self.args.steps, "--out", out, *options]
-        done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{name} failed:\n{done.stderr[-3000:]}")
-        figures = json.loads(out.read_text())
-        if name == BARE:
-            self.bare.append(figures)
-        return self._keep(name, figures["seconds"])
+    def _play(self, names: list[str]) -> dict[str, list[float]]:
+        folder = Path(tempfile.mkdtemp(dir=self.work))
+        with contextlib.ExitStack() as stack:
+            running: dict[str, psutil.Popen] = {}
+            for number, name in enumerate(names):
+                place = environment(folder, number, len(names))
+                command = self._command(name, folder / f"{number}")
+                running[name] = stack.enter_context(session(command, folder / f"{number}.log", **place))
+            while any(process.poll() is None for process in running.values()):
+                time.sleep(0.2)
+                for number, (name, process) in enumerate(running.items()):
+                    if process.poll():
+                        log = (folder / f"{number}.log").read_text()
+                        raise RuntimeError(f"{name} failed with exit code {process.returncode}:\n{log[-3000:]}")
+        seconds: dict[str, list[float]] = {}
+        for number, name in enumerate(names):
+            if name == OURS:
+                seconds[name] = json.loads((folder / f"{number}" / TURNS_NAME).read_text())
+                continue
+            figures = json.loads((folder / f"{number}.json").read_text())
+            seconds[name] = figures["seconds"]
+            if name == BARE:
+                self.bare.append(figures)
+        return seconds
 
-    def _keep(self, name: str, seconds: list[float]) -> float:
-        """Clips a second of this round."""
-        self.seconds[name] += seconds
-        ranks = self.args.ranks if name == OURS else 1
-        return self.args.micro_batch * ranks / statistics.median(seconds)
-
-    def contestants(self) -> dict[str, Any]:
-        every = {
-            OURS: self.run_ours,
-            BARE: lambda: self.run_script(BARE, "bare_loop.py", "--ceiling"),
-            USUAL: lambda: self.run_script(USUAL, "usual_way.py", "--videos", self.work / "videos"),
-        }
-        return {name: every[name] for name in (OURS, *self.args.against)}
+    def _command(self, name: str, output: Path) -> list[object]:
+        steps, out = self.args.steps, output.with_suffix(".json")
+        if name == OURS:
+            return launch_words(self.args.ranks, self.words(output, WARM_UP + steps + 1), CLOCKED)
+        script, more = "bare_loop.py", ["--ceiling"] if not self.bare else []
+        if name == USUAL:
+            script, more = "usual_way.py", ["--videos", str(self.work / "videos")]
+        words = [f"benchmarks/{script}", *self.words(output, 100 + steps), "--steps", steps, "--out", out, *more]
+        return [sys.executable, *words]
 
     def parts(self) -> dict[str, float]:
         """Shares of a step's time, medians over the steps."""
-        steps = json.loads((self.ours("benchmarks/instrumented_train.py") / PARTS_NAME).read_text())[WARM_UP:]
+        output = Path(tempfile.mkdtemp(dir=self.work))
+        log = output.with_suffix(".log")
+        with launched(self.args.ranks, self.words(output / "run", WARM_UP + self.args.steps), log, CLOCKED) as launcher:
+            if launcher.wait():
+                raise RuntimeError(f"{OURS} failed:\n{log.read_text()[-3000:]}")
+        steps = json.loads((output / "run" / PARTS_NAME).read_text())[WARM_UP:]
         names = list(dict.fromkeys(name for step in steps for name in step))
         seconds = {name: statistics.median(step.get(name, 0.0) for step in steps) for name in names}
         return {name: value / sum(seconds.values()) for name, value in seconds.items()}
 
 
-def ceiling(bench: Bench, seconds: float) -> dict[str, float]:
-    """Model-FLOPs use of vidcls's step of `seconds`, and of a step that were nothing but its products."""
-    if bench.bare[0]["device"] == "cpu":
-        seconds /= bench.args.ranks  # ranks share the cores that the best rate was measured on; a GPU is a rank's own
-    flops = bench.bare[0]["flops"]
-    best = max(figures["peak_flops_per_second"] for figures in bench.bare)
-    alone = statistics.median(figures["products_alone_seconds"] for figures in bench.bare)
+def ceiling(bench: Bench) -> dict[str, float]:
+    """Model-FLOPs use of vidcls's steps, and of a step that were nothing but its products."""
+    counted = bench.bare[0]
+    flops = counted["flops"]
+    # Ranks share the cores that the best rate was measured on; a GPU is a rank's own.
+    share = bench.args.ranks if counted["device"] == "cpu" else 1
+    best = [statistics.median(figures["peak_flops_per_second"]) for figures in bench.bare]
+    ours = [statistics.median(match[OURS]) for match in bench.matches if BARE in match]
+    used = [flops * share / seconds / peak for seconds, peak in zip(ours, best, strict=True)]
+    alone = flops / counted["products_alone_seconds"] / counted["peak_beside_products"]
     return {
         "TFLOP of matrix products in a step": flops / 1e12,
-        "best matrix products, TFLOP/s": best / 1e12,
-        "model-FLOPs use": flops / seconds / best,
-        "the same, of the step's products alone": flops / alone / best,
-        "products alone / whole step": alone / seconds,
+        "best matrix products, TFLOP/s": statistics.median(best) / 1e12,
+        "model-FLOPs use": statistics.median(used),
+        "the same, of the step's products alone": alone,
+        "products alone / whole step": statistics.median(used) / alone,
     }
 
 
@@ -183,6 +207,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=5, help="that count, in each round (default: 5)")
     parser.add_argument("--rounds", type=int, default=2, help="(default: 2)")
     parser.add_argument(
+        "--turns", choices=("steps", "runs"), default="runs", help="what contestants alternate in (default: runs)"
+    )
+    parser.add_argument(
         "--against",
         nargs="*",
         choices=(BARE, USUAL),
@@ -200,22 +227,24 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="throughput_") as folder:
         try:
             bench = Bench(args, Path(folder))
-            rounds = take_turns(bench.contestants(), args.rounds)
+            for _ in range(args.rounds):
+                bench.round()
             parts = bench.parts()
         except (RuntimeError, subprocess.CalledProcessError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         words = bench.words(Path("OUT"), args.steps)
-    rates = {name: Spread.of(values) for name, values in rounds.items()}
+    names = (OURS, *args.against)
+    rates = {name: Spread.of(bench.rates(name, name)) for name in names}
     bars = BARS | ({USUAL: BAR_WITH_CACHE} if args.vision_cache else {})
-    ratios = [Ratio.of(f"{OURS} / {n}", rounds[OURS], rounds[n], bars[n]) for n in args.against]
-    seconds = {name: Spread.of(values) for name, values in bench.seconds.items() if values}
+    ratios = [Ratio.of(f"{OURS} / {n}", bench.rates(OURS, n), bench.rates(n, n), bars[n]) for n in args.against]
+    seconds = {name: Spread.of([s for match in bench.matches for s in match.get(name, [])]) for name in names}
     batch = f"{args.ranks} x {args.micro_batch} clips of {args.frames} x {args.size}x{args.size}"
     title = f"{args.shape}, ZeRO-{args.stage}, {args.tuning}, {batch}"
     table(title, ("contestant", "clips / s", "seconds a step"), [(n, rates[n], seconds[n]) for n in rates])
     show_ratios("within one round", ratios)
     table("a step of vidcls", ("part", "share"), [(name, f"{share:.1%}") for name, share in parts.items()])
-    use = ceiling(bench, seconds[OURS].median) if BARE in args.against else {}
+    use = ceiling(bench) if BARE in args.against else {}
     if use:
         table("against the ceiling", ("figure", "value"), [(name, f"{value:.3g}") for name, value in use.items()])
     name = args.name or f"throughput_{args.shape}{'_cache' if args.vision_cache else ''}"

@@ -12,7 +12,6 @@ PEFT keeps adapters in float32 and autocast rounds them. The frozen vision tower
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from turns import Turns
 
 from vidcls import distributed
 from vidcls.config import load_config
@@ -30,6 +30,8 @@ from vidcls.data.batch import prepare_clip
 from vidcls.model.patches import frames_to_patches
 from vidcls.sharding.readers.folder import read_folder
 from vidcls.training.setup import Run, setup
+
+WARM_UP = 1  # steps that do not count
 
 
 class Videos(Dataset[dict[str, Any]]):
@@ -103,12 +105,18 @@ class Classifier(nn.Module):
 
 
 class Clock(TrainerCallback):
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    """A turn is a step and the fetching of the next batch."""
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        distributed.synchronize()
-        self.ends.append(time.perf_counter())
+    def __init__(self) -> None:
+        self.turns = Turns(distributed.synchronize)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= WARM_UP:
+            self.turns.next()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            self.turns.next(last=True)
 
 
 def build(run: Run) -> Classifier:
@@ -132,7 +140,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--videos", type=Path, required=True, help="DIR/<class>/<clip>")
-    parser.add_argument("--steps", type=int, required=True, help="after the first, which warms up")
+    parser.add_argument("--steps", type=int, required=True, help="that count")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     args = parser.parse_args()
     run = setup(load_config(args.recipe, args.overrides))
@@ -141,7 +149,7 @@ def main() -> None:
         output_dir=str(args.out.with_suffix(".trainer")),
         per_device_train_batch_size=plan.micro,
         gradient_accumulation_steps=plan.accumulation,
-        max_steps=args.steps + 1,
+        max_steps=args.steps + WARM_UP,
         learning_rate=config.optim.learning_rate,
         max_grad_norm=config.optim.max_grad_norm,
         bf16=config.optim.bf16,
@@ -159,13 +167,12 @@ def main() -> None:
     trainer = Trainer(
         model=build(run),
         args=arguments,
-        train_dataset=Videos(run, args.videos, plan.global_ * (args.steps + 1)),
+        train_dataset=Videos(run, args.videos, plan.global_ * (args.steps + WARM_UP)),
         data_collator=lambda rows: collate(rows, video_id),
         callbacks=[clock],
     )
     trainer.train()
-    times = np.diff(clock.ends).tolist()
-    args.out.write_text(json.dumps({"seconds": times}), encoding="utf-8")
+    args.out.write_text(json.dumps({"seconds": clock.turns.seconds}), encoding="utf-8")
 
 
 if __name__ == "__main__":

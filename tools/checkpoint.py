@@ -144,9 +144,12 @@ def _state(content: dict[str, Any]) -> Iterator[str]:
     rate = schedule["next_learning_rate"]
     yield f"step      {content['step']} of {schedule['steps']}, {content['adam_steps']} of them applied"
     yield f"schedule  {schedule['type']}, next learning rate {'none' if rate is None else format(rate, '.3g')}"
+    divided = f"{layout['micro_batch']} x {layout['accumulation']} accumulation"
+    if limit := layout.get("max_tokens_per_batch"):  # checkpoints of earlier versions have none
+        divided = f"{layout['micro_batch']} (at most {limit} tokens a forward)"
     yield (
-        f"layout    {layout['ranks']} ranks, ZeRO-{layout['zero_stage']}, {layout['global_batch']} clips = "
-        f"{layout['micro_batch']} x {layout['accumulation']} accumulation x {layout['ranks']} ranks"
+        f"layout    {layout['ranks']} ranks, ZeRO-{layout['zero_stage']}, {layout['global_batch']} clips = {divided} x "
+        f"{layout['ranks']} ranks"
     )
     yield f"versions  {', '.join(f'{name} {version}' for name, version in content['versions'].items())}"
     yield from (f"classes   head {head}: {fingerprint}" for head, fingerprint in content["label_spaces"].items())

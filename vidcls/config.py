@@ -121,7 +121,11 @@ class Config(BaseModel):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """DeepSpeed's triple for one world size: global = micro * accumulation * world_size."""
+    """DeepSpeed's triple for one world size: global = micro * accumulation * world_size.
+
+    With max_tokens_per_batch `micro` is a rank's clips of a step, and `accumulation` 1: how these are divided differs
+    from step to step.
+    """
 
     micro: int
     accumulation: int
@@ -139,6 +143,14 @@ def batch_plan(optim: OptimOptions, world_size: int | None) -> BatchPlan | None:
         optim.gradient_accumulation_steps,
         optim.train_batch_size,
     )
+    if optim.max_tokens_per_batch is not None:
+        if global_ is None or micro is not None or accumulation is not None:
+            raise ConfigError(
+                f"max_tokens_per_batch: {optim.max_tokens_per_batch} divides the clips of train_batch_size "
+                f"({global_}), which must be given, and takes the place of per_device_train_batch_size ({micro}) and "
+                f"gradient_accumulation_steps ({accumulation}), which must be left out"
+            )
+        accumulation = 1
     if micro is None and (global_ is None or accumulation is None):
         raise ConfigError(
             "per_device_train_batch_size: not given; of per_device_train_batch_size, "
@@ -291,6 +303,12 @@ def _check_model(config: Config) -> str | None:
         return (
             f"trust_remote_code: false, but the tokenizer of {model.model_name_or_path} is Python code in that folder; "
             "true lets it run"
+        )
+    if optim.max_tokens_per_batch is not None and optim.lm_loss_weight > 0:
+        return (
+            f"max_tokens_per_batch: {optim.max_tokens_per_batch} does not go with lm_loss_weight "
+            f"{optim.lm_loss_weight}: how long an answer is, is not known before its clip is read; use "
+            "per_device_train_batch_size"
         )
     if optim.focal_gamma != OptimOptions.model_fields["focal_gamma"].default and optim.loss_type != "focal":
         return f"focal_gamma: {optim.focal_gamma} has no effect with loss_type {optim.loss_type!r}; use focal"

@@ -175,6 +175,9 @@ class OptimOptions(Section):
     per_device_train_batch_size: int | None = Field(None, ge=1, description="clips per forward and rank")
     gradient_accumulation_steps: int | None = Field(None, ge=1, description="forwards per optimizer step")
     train_batch_size: int | None = Field(None, ge=1, description="clips per optimizer step over all ranks")
+    max_tokens_per_batch: int | None = Field(
+        None, ge=1, description="clips per forward and rank: as many as have at most so many tokens together"
+    )
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate of the language model and of what follows")
     vision_lr_scale: float = Field(1.0, gt=0, description="learning rate of the vision tower is this times")
     merger_lr_scale: float = Field(1.0, gt=0, description="learning rate of the vision merger is this times")

@@ -116,7 +116,7 @@ def loss_halved(original: Any, self: Objective, logits_BC: torch.Tensor, batch: 
 def divided_by_accumulation(own: Any, step: int) -> None:
     if step == 0:
         backward = own.backward
-        own.backward = lambda loss: backward(loss / own.gradient_accumulation_steps())
+        own.backward = lambda loss, **scale: backward(loss / own.gradient_accumulation_steps(), **scale)
 
 
 def frozen_weight_changed(own: Any, step: int) -> None:

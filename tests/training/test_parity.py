@@ -221,7 +221,7 @@ def watch_training(values: dict[str, Any]) -> Report:
     requests = [Request(tuple(range(step, step + GLOBAL_BATCH))) for step in range(3)]
     batches = read_batches(run.clips, requests, workers=0, pin=False)
     for step in range(3):
-        train_step(engine, batches, objective, tally, accumulation=1, step=step, rate=1e-3, seed=0)
+        train_step(engine, batches, objective, tally, sizes=[GLOBAL_BATCH], step=step, rate=1e-3, seed=0)
     parameters = dict(engine.module.named_parameters())
     zero = engine.optimizer
     groups = zero.fp16_groups if run.config.zero_stage == 3 else zero.bit16_groups

@@ -17,6 +17,7 @@ from torch.utils.data import get_worker_info
 
 from vidcls.data.augment import AugmentSettings, augment_clip, mix_clips, mix_plan
 from vidcls.data.batch import Batch, ClipEncoder, ClipShape, EncodedText, PreparedClip, collate, seconds_per_grid
+from vidcls.data.budget import BudgetLayout
 from vidcls.data.codecs import FrameError, decode_frames
 from vidcls.data.features import ClipFacts, FeatureCache
 from vidcls.data.frames import Views, controlled, dense, dense_view, jittered, square, view
@@ -76,6 +77,11 @@ class ClipSource:
     def swaps_texts(self) -> bool:
         """Whether texts of a flipped clip say the opposite side; not where no class does."""
         return swaps_classes(self.mirror)
+
+    def texts(self, prompt: int) -> list[str]:
+        """What can stand with clips of this row of the index's prompts, -1 for none."""
+        text = self.prompt if prompt < 0 else self.index.prompts[prompt]
+        return [text, swap_sides(text)] if self.swaps_texts() else [text]
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class ClipBatches:
 
     def most_bytes(self) -> int:
         """Of the frames or features of one clip, at most."""
-        return max(map(self._clip_bytes, self.shapes()))
+        return max(map(self.clip_bytes, self.shapes()))
 
     def shapes(self) -> set[ClipShape]:
         """Every different shape that clips of these data sets have."""
@@ -192,7 +198,7 @@ class ClipBatches:
         """The batch; its frames or features lie at the start of `into` (uint8), if that is given."""
         self._announce(request.ahead)
         rows = self._rows(request)
-        ends = list(itertools.accumulate(self._clip_bytes(row.shape) for row in rows))
+        ends = list(itertools.accumulate(self.clip_bytes(row.shape) for row in rows))
         data = np.empty(ends[-1], dtype=np.uint8) if into is None else into[: ends[-1]]
         clips = [self._clip(row, data[start:end]) for row, start, end in zip(rows, [0, *ends], ends, strict=False)]
         # Two data sets may have equal keys. A padding batch reads a clip that another batch counts, bad or not.
@@ -209,7 +215,8 @@ class ClipBatches:
         times = [about.frame_times[i] for i in self._chosen(row)]
         return ClipFacts(seconds_per_grid(times, self.encoder), about.answer)
 
-    def _clip_bytes(self, shape: ClipShape) -> int:
+    def clip_bytes(self, shape: ClipShape) -> int:
+        """Of the frames or features of a clip of this shape."""
         return shape.bytes if self._features is None else self._features.origin.clip_bytes(shape.grid)
 
     def _rows(self, request: Request) -> list[_Row]:
@@ -384,11 +391,12 @@ class ClipBatches:
             index.folder.prefetch([(shard.name, shard.bytes, shard.sha256) for shard in wanted])
 
 
-def training_requests(order: JointOrder, layout: StepLayout, first_step: int, last_step: int) -> Iterator[Request]:
+def training_requests(
+    order: JointOrder, layout: StepLayout | BudgetLayout, first_step: int, last_step: int
+) -> Iterator[Request]:
     """This rank's micro-batches of optimizer steps [first_step, last_step)."""
     for step in range(first_step, last_step):
-        for micro_step in range(layout.accumulation):
-            positions = layout.positions(step, micro_step)
+        for positions in layout.micro_batches(step):
             drawn = [order.at(position) for position in positions]
             yield Request(
                 tuple(each.sample for each in drawn),

@@ -162,6 +162,10 @@ class StepLayout:
         first = step * self.global_batch + (self.rank * self.accumulation + micro_step) * self.micro
         return range(first, first + self.micro)
 
+    def micro_batches(self, step: int) -> list[range]:
+        """Those of all micro-steps, in order."""
+        return [self.positions(step, micro_step) for micro_step in range(self.accumulation)]
+
 
 def evaluation_chunks(samples: int, micro: int, world_size: int, rank: int) -> list[range | None]:
     """The batches rank evaluates: every sample exactly once over all ranks, the same number of batches on each.

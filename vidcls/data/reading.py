@@ -41,13 +41,24 @@ class LoaderError(RuntimeError):
 class BatchReader:
     """An iterator of batches that knows which clips come next, and how long it was waited for."""
 
-    def __init__(self, clips: ClipBatches, requests: Iterable[Request], *, workers: int, pin: bool, seconds: int):
+    def __init__(
+        self,
+        clips: ClipBatches,
+        requests: Iterable[Request],
+        *,
+        workers: int,
+        pin: bool,
+        seconds: int,
+        most_bytes: int | None,
+    ):
         self.waited = 0.0  # seconds that the consumer has waited, in all
         self._clips = clips
         self._asked: deque[Request] = deque()
         asked = map(self._remember, requests)
         self._workers = workers
-        self._batches = _read_by_workers(clips, asked, workers, seconds) if workers else map(clips.__getitem__, asked)
+        self._batches = (
+            _read_by_workers(clips, asked, workers, seconds, most_bytes) if workers else map(clips.__getitem__, asked)
+        )
         self._pin = pin
 
     def __iter__(self) -> BatchReader:
@@ -81,23 +92,32 @@ class BatchReader:
 
 
 def read_batches(
-    clips: ClipBatches, requests: Iterable[Request], *, workers: int, pin: bool, seconds: int = WORKER_SECONDS
+    clips: ClipBatches,
+    requests: Iterable[Request],
+    *,
+    workers: int,
+    pin: bool,
+    seconds: int = WORKER_SECONDS,
+    most_bytes: int | None = None,
 ) -> BatchReader:
     """Read requests in order with `workers` processes ahead of the consumer (0: in this process).
 
     The workers start at once. One that dies, or gives nothing for `seconds`, raises LoaderError instead of hanging
-    the run.
+    the run. most_bytes: of the frames or features of any request; None: none has more clips than the first.
     """
-    return BatchReader(clips, requests, workers=workers, pin=pin, seconds=seconds)
+    return BatchReader(clips, requests, workers=workers, pin=pin, seconds=seconds, most_bytes=most_bytes)
 
 
-def _read_by_workers(clips: ClipBatches, requests: Iterator[Request], workers: int, seconds: int) -> Iterator[Batch]:
+def _read_by_workers(
+    clips: ClipBatches, requests: Iterator[Request], workers: int, seconds: int, most_bytes: int | None
+) -> Iterator[Batch]:
     first = list(itertools.islice(requests, 1))
     most = max((len(request.samples) for request in first), default=1)
+    size = most * clips.most_bytes() if most_bytes is None else most_bytes
     # Two more than are under way: the one that the consumer is given, and the one that it still has.
-    slots = FrameSlots(PREFETCHED * workers + 2, most * clips.most_bytes())
+    slots = FrameSlots(PREFETCHED * workers + 2, size)
     tasks = (
-        (request, slots.take() if len(request.samples) <= most else None)
+        (request, slots.take() if most_bytes is not None or len(request.samples) <= most else None)
         for request in itertools.chain(first, requests)
     )
     loader: DataLoader = DataLoader(

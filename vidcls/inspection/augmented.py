@@ -115,6 +115,9 @@ class _Sizes:
     def grid(self, frames: int, height: int, width: int) -> Grid:
         return frames // FRAMES_PER_GRID, height // PATCH, width // PATCH
 
+    def video_tokens(self, grid: Grid) -> int:
+        return 0
+
     def encode(self, prompt: str, grid: Grid, seconds_per_grid: float, answer: str | None = None) -> _NoText:
         return _NoText(np.zeros(1, dtype=np.int64), np.zeros((3, 1), dtype=np.int64))
 

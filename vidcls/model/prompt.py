@@ -119,6 +119,10 @@ class PromptEncoder:
         """The grid of a clip whose frames are already resized; see VisionGeometry.grid."""
         return self.geometry.grid(frames, height, width)
 
+    def video_tokens(self, grid: Grid) -> int:
+        """Tokens of a sequence that are the video's."""
+        return self.geometry.num_tokens(grid)
+
     def encode(self, prompt: str, grid: Grid, seconds_per_grid: float, answer: str | None = None) -> EncodedPrompt:
         """Ids and positions for one clip; `seconds_per_grid` is the time between two grid steps.
 
@@ -136,7 +140,7 @@ class PromptEncoder:
         behind = np.array([], dtype=np.int64)
         if answer is not None:
             behind = np.array([*self._layout.to_answer, *self._text_ids(answer), *self._layout.end], dtype=np.int64)
-        video_tokens = self.geometry.num_tokens(grid)
+        video_tokens = self.video_tokens(grid)
         needed = len(before) + video_tokens + len(after) + len(behind)
         if needed > self.cutoff_len:
             raise PromptError(

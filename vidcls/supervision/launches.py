@@ -42,7 +42,8 @@ def start_from(config: Config, *, begun: bool, newest: Path | None) -> dict[str,
 
 @dataclass(frozen=True)
 class Batch:
-    """The global batch, which no change of hosts may change, and the most clips that a rank takes at once."""
+    """The global batch, which no change of hosts may change, and the most clips that a rank takes at once: all, where a
+    budget of tokens divides them."""
 
     global_: int
     micro: int
@@ -59,7 +60,7 @@ class Batch:
         stored = None if optim.train_batch_size is not None else global_batch_of(resumed)
         plan = batch_plan(optim, ranks)
         assert plan is not None
-        return cls(stored or plan.global_, plan.micro)
+        return cls(stored or plan.global_, plan.micro if optim.max_tokens_per_batch is None else plan.global_)
 
     def layout(self, hosts: Mapping[str, int]) -> Layout:
         return fit(hosts, self.global_, self.micro)

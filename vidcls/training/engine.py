@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -85,23 +85,28 @@ def train_step(
     objective: Objective,
     tally: Tally,
     *,
-    accumulation: int,
+    sizes: Sequence[int],
     step: int,
     rate: float,
     seed: int,
     observe: Observer | None = None,
 ) -> StepResult:
-    """One optimizer step at base learning rate `rate` over `accumulation` micro-batches. All ranks must call it.
+    """One optimizer step at base learning rate `rate`. All ranks must call it.
 
-    What is logged is added to `tally`.
+    sizes: clips of each of this rank's micro-batches; ranks have equally many of both. What is logged is added to
+    `tally`.
     """
     set_learning_rate(engine.optimizer, rate)
     total = torch.zeros((), device=engine.device)
     bad: tuple[tuple[str, str], ...] = ()
     seen: list[tuple[tuple[str, ...], torch.Tensor]] = []  # keys and losses of each micro-batch
-    for micro_step in range(accumulation):
+    count, mean_size = len(sizes), sum(sizes) / len(sizes)
+    for micro_step, size in enumerate(sizes):
+        # The micro-batches of a step are counted here, because with a budget of tokens they differ from step to step.
+        engine.set_gradient_accumulation_boundary(micro_step == count - 1)
         guard.phase("data", step, batches.awaited())
         batch = next(batches).to(engine.device)
+        assert len(batch) == size, (len(batch), size)
         clips = ", ".join(batch.keys)
         guard.phase("forward", step, clips)
         # Dropout follows from (seed, step, micro-step, rank) alone: a resumed run needs no generator state.
@@ -115,9 +120,10 @@ def train_step(
         if answers_B is not None:
             losses_B = losses_B + objective.lm_loss_weight * answers_B
         # By all rows, not by their weights: a clip's share of the gradient must not grow when another cannot be read.
-        loss = (losses_B * batch.weights_B).sum() / len(batch)
+        # By the mean number of rows, so that the mean over micro-batches is that over the step's clips.
+        loss = (losses_B * batch.weights_B).sum() / mean_size
         guard.phase("backward", step, clips)
-        engine.backward(loss)  # DeepSpeed divides by the accumulation count and averages over ranks
+        engine.backward(loss / count, scale_wrt_gas=False)  # DeepSpeed averages over ranks
         guard.phase("step", step, clips)
         engine.step()
         total += loss.detach()
@@ -125,7 +131,7 @@ def train_step(
         seen.append((tuple(batch.keys), losses_B.detach()))
     applied = engine.was_step_applied()
     return StepResult(
-        loss=total / accumulation,
+        loss=total / count,
         grad_norm=engine.get_global_grad_norm(),
         bad=bad,
         keys=tuple(key for keys, _ in seen for key in keys),

@@ -14,7 +14,6 @@ import torch
 
 from vidcls import distributed
 from vidcls.data.loader import training_requests
-from vidcls.data.order import StepLayout
 from vidcls.data.reading import read_batches
 from vidcls.faults import guard
 from vidcls.faults.causes import DivergedError
@@ -38,11 +37,18 @@ def train(run: Run) -> Outcome:
     With `do_train: false` the model is built and described, and nothing is written.
     """
     config, first = run.config, run.start.step
-    layout = StepLayout(run.plan.global_, run.plan.micro, distributed.world_size(), distributed.rank())
+    layout = run.layout()
     requests = training_requests(run.data.order, layout, first, run.steps)
     on_gpu = distributed.device().type != "cpu"
     workers = config.data.dataloader_num_workers if config.run.do_train else 0
-    batches = read_batches(run.clips, requests, workers=workers, pin=on_gpu, seconds=config.run.data_timeout)
+    batches = read_batches(
+        run.clips,
+        requests,
+        workers=workers,
+        pin=on_gpu,
+        seconds=config.run.data_timeout,
+        most_bytes=run.most_batch_bytes(),
+    )
     engine, average = build(run)
     if not config.run.do_train:
         if distributed.is_main():
@@ -74,7 +80,7 @@ def train(run: Run) -> Outcome:
                     batches,
                     objective,
                     window.step_tally,
-                    accumulation=run.plan.accumulation,
+                    sizes=[len(positions) for positions in layout.micro_batches(step)],
                     step=step,
                     rate=rate,
                     seed=config.run.seed,

@@ -136,12 +136,15 @@ def _remove_outputs(folder: Path) -> None:
 def summary(run: Run, model: ActionClassifier) -> list[str]:
     """What is about to be trained, on what, as lines of text."""
     plan = run.plan
+    divided = f"{plan.micro} x {plan.accumulation} accumulation"
+    if run.budget is not None:
+        divided = f"{plan.micro} (at most {run.budget.limit} tokens a forward)"
     lines = [
         *(f"data      {line}" for line in describe(run.data)),
         f"model     {run.spec.model_name_or_path}",
         *(f"          {line}" for line in format_table(trained_table(model))),
-        f"training  {run.steps} steps of {plan.global_} clips = {plan.micro} x {plan.accumulation} accumulation x "
-        f"{distributed.world_size()} ranks, ZeRO-{run.config.zero_stage}, {distributed.device().type}",
+        f"training  {run.steps} steps of {plan.global_} clips = {divided} x {distributed.world_size()} ranks, "
+        f"ZeRO-{run.config.zero_stage}, {distributed.device().type}",
         *(f"instead   {notice}" for notice in run.spec.notices()),
     ]
     if run.config.model.torch_compile and run.config.zero_stage == 3:

@@ -162,6 +162,7 @@ def _about(run: Run, step: int) -> Mapping[str, Any]:
             "micro_batch": plan.micro,
             "accumulation": plan.accumulation,
             "global_batch": plan.global_,
+            "max_tokens_per_batch": optim.max_tokens_per_batch,
         },
         "label_spaces": {head: labels.fingerprint for head, labels in run.data.heads.items()},
     }

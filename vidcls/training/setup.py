@@ -12,8 +12,10 @@ from pathlib import Path
 from vidcls import distributed
 from vidcls.config import BatchPlan, Config, ConfigError, batch_plan, total_steps
 from vidcls.data.batch import ClipShape, Grid
+from vidcls.data.budget import BudgetLayout
+from vidcls.data.lengths import TokenBudget
 from vidcls.data.loader import ClipBatches, ClipSource
-from vidcls.data.mirror import swap_sides
+from vidcls.data.order import StepLayout
 from vidcls.evaluation.heads import frame_choice
 from vidcls.manifest import CheckpointError, verify
 from vidcls.model.heads import ActionDecoder
@@ -46,6 +48,7 @@ class Run:
     resume: Path | None
     start: RunState  # before the first step, or as stored in the checkpoint
     evaluations: Evaluations | None
+    budget: TokenBudget | None  # of micro-batches, with max_tokens_per_batch
 
     @property
     def output_dir(self) -> Path:
@@ -55,6 +58,19 @@ class Run:
     def encoder(self) -> PromptEncoder:
         assert isinstance(self.clips.encoder, PromptEncoder)
         return self.clips.encoder
+
+    def layout(self) -> StepLayout | BudgetLayout:
+        """How the clips of each step are laid over ranks and micro-batches, and which are this rank's."""
+        world_size, rank = distributed.world_size(), distributed.rank()
+        if self.budget is None:
+            return StepLayout(self.plan.global_, self.plan.micro, world_size, rank)
+        return BudgetLayout(self.data.order, self.budget.tokens, self.budget.limit, self.plan.global_, world_size, rank)
+
+    def most_batch_bytes(self) -> int | None:
+        """Of the frames or features of a micro-batch at most; None: the first one has as many clips as any."""
+        if self.budget is None:
+            return None
+        return min(self.budget.most_bytes, self.plan.micro * self.clips.most_bytes())
 
 
 def setup(config: Config) -> Run:
@@ -83,7 +99,9 @@ def setup(config: Config) -> Run:
             skip_bad=config.data.on_bad_sample == "skip",
             answers=config.optim.lm_loss_weight > 0,
         )
-        check_texts(clips, threads=config.data.preprocessing_num_workers)
+        texts = check_texts(clips, threads=config.data.preprocessing_num_workers)
+        limit = config.optim.max_tokens_per_batch
+        budget = None if limit is None else TokenBudget.of(clips, texts, limit)
         eval_clips = open_eval_clips(config, data) if config.eval.eval_strategy != "no" else []
         heads = build_heads(config, data, spec, encoder)
     _check_equal_weights(spec)
@@ -118,7 +136,7 @@ def setup(config: Config) -> Run:
         evaluations = Evaluations(config, eval_clips, encoder, frame_choice(spec), schedule)
         for batches in evaluations.batches.values():
             check_texts(batches, threads=config.data.preprocessing_num_workers)
-    return Run(config, data, spec, heads, clips, plan, steps, resume, start, evaluations)
+    return Run(config, data, spec, heads, clips, plan, steps, resume, start, evaluations, budget)
 
 
 def _stream(config: Config, data: DataSets, plan: BatchPlan) -> dict[str, object]:
@@ -132,12 +150,13 @@ def _stream(config: Config, data: DataSets, plan: BatchPlan) -> dict[str, object
     }
 
 
-def check_texts(clips: ClipBatches, *, threads: int) -> None:
+def check_texts(clips: ClipBatches, *, threads: int) -> dict[tuple[int, str], int]:
     """Encode each different prompt, also as flips change it, with the largest video that it stands with, and, where
     answers are learned, the class name of most tokens: none may be malformed or too long. Tokenising is spread over
     `threads`.
 
-    Clips' own answers are not in the index: one that is too long gives way to the class name when it is read.
+    Returns, for each data set and text, the tokens beside those of the video. Clips' own answers are not in the index:
+    one that is too long gives way to the class name when it is read.
     """
     largest: dict[tuple[int, str], Grid] = {}
     for number, source in enumerate(clips.sources):
@@ -153,13 +172,13 @@ def check_texts(clips: ClipBatches, *, threads: int) -> None:
 
     answers = [longest_answer(number) if clips.answers else None for number in range(len(clips.sources))]
 
-    def encode(item: tuple[tuple[int, str], Grid]) -> None:
+    def encode(item: tuple[tuple[int, str], Grid]) -> int:
         (number, prompt), grid = item
-        clips.encoder.encode(prompt, grid, 1.0, answers[number])
+        whole = len(clips.encoder.encode(prompt, grid, 1.0, answers[number]).input_ids)
+        return whole - clips.encoder.video_tokens(grid)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="prompts") as pool:
-        for _ in pool.map(encode, largest.items()):
-            pass
+        return dict(zip(largest, pool.map(encode, largest.items()), strict=True))
 
 
 def _prompts_with_grids(clips: ClipBatches, source: ClipSource) -> Iterator[tuple[str, Grid]]:
@@ -168,10 +187,7 @@ def _prompts_with_grids(clips: ClipBatches, source: ClipSource) -> Iterator[tupl
     rows = zip(index.prompt.tolist(), index.frames.tolist(), index.height.tolist(), index.width.tolist(), strict=True)
     for prompt, frames, height, width in {*rows}:
         grid = ClipShape.of(clips.encoder, min(frames, clips.frames.most), height, width).grid
-        text = source.prompt if prompt < 0 else index.prompts[prompt]
-        yield text, grid
-        if source.swaps_texts():
-            yield swap_sides(text), grid
+        yield from ((text, grid) for text in source.texts(prompt))
 
 
 def _check_equal_weights(spec: ModelSpec) -> None:

@@ -91,7 +91,7 @@ class ExpectedGradient:
         most = max(self.classes)
         self._sums_HVC = torch.zeros(len(self.classes), len(SHIFTS), most, dtype=torch.float64)
         self._terms_HC = torch.zeros(len(self.classes), most, dtype=torch.float64)
-        self.micro_batches = 0
+        self.micro_batches = self._rows = 0
         self._chance = torch.zeros(3, dtype=torch.float64)
 
     def add(self, batch: Batch, logits_BC: torch.Tensor) -> str | None:
@@ -117,6 +117,7 @@ class ExpectedGradient:
                     self._terms_HC[head] += _padded(rows_BC.abs().sum(dim=0), self._sums_HVC.shape[-1])
         self._chance += self._by_chance(batch, logits_BC, heads_B)
         self.micro_batches += 1
+        self._rows += len(batch)
         return None
 
     def _wrong_labels(self, batch: Batch, labels_B: list[int], heads_B: list[int]) -> str | None:
@@ -140,13 +141,12 @@ class ExpectedGradient:
     def _gradient(self, batch: Batch, logits_BC: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
             leaf_BC = logits_BC.detach().clone().requires_grad_()
-            # As an engine must do it: by all rows of the micro-batch, whatever they weigh.
-            mean = (self._losses(leaf_BC, batch) * batch.weights_B).sum() / len(batch)
-            (gradient_BC,) = torch.autograd.grad(mean, leaf_BC)
+            total = (self._losses(leaf_BC, batch) * batch.weights_B).sum()
+            (gradient_BC,) = torch.autograd.grad(total, leaf_BC)
         return gradient_BC.double().cpu()
 
     def _by_chance(self, batch: Batch, logits_BC: torch.Tensor, heads_B: list[int]) -> torch.Tensor:
-        """Means over the rows: the loss that even labels would have, the uniform one, and the logits' variance."""
+        """Sums over the rows: the loss that even labels would have, the uniform one, and the logits' variance."""
         result, logits_BC = torch.zeros(3, dtype=torch.float64), logits_BC.double().cpu()
         for row, (head, weight) in enumerate(zip(heads_B, batch.weights_B.tolist(), strict=True)):
             logits_C = logits_BC[row, : self.classes[head]]
@@ -154,14 +154,16 @@ class ExpectedGradient:
             loss = logits_C.logsumexp(dim=0) - logits_C.mean()
             uniform = torch.tensor(math.log(self.classes[head]), dtype=torch.float64)
             result += weight * torch.stack([loss, uniform, spread])
-        return result / len(batch)
+        return result
 
     def over_ranks(self) -> tuple[list[Expected], torch.Tensor]:
-        """Means over all micro-batches of all ranks: each head's gradient, and `_by_chance`. All ranks must call it."""
+        """Means over the step's clips, as many on each rank: each head's gradient, `_by_chance`. All ranks must call
+        it."""
         sizes = [self._sums_HVC.numel(), self._terms_HC.numel(), 3]
         joined = torch.cat([self._sums_HVC.flatten(), self._terms_HC.flatten(), self._chance])
         joined = distributed.all_sum(joined.to(distributed.device())).cpu()
-        joined = joined / (max(1, self.micro_batches) * distributed.world_size())
+        # As an engine must do it: by all rows of the step, whatever they weigh.
+        joined = joined / (max(1, self._rows) * distributed.world_size())
         sums, terms, chance = joined.split(sizes)
         sums_HVC, terms_HC = sums.view_as(self._sums_HVC), terms.view_as(self._terms_HC)
         return [

@@ -7,12 +7,16 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
 from tests.support.launch import shared_buffers
 from tests.support.shards import make_shards
-from tools.make_motion_clips import make_motion_clips
+from tools.make_motion_clips import CLASSES, FRAMES_PER_SECOND, make_motion_clips, motion_frames, write_video
+from vidcls.data.settings import DecodeSettings
+from vidcls.sharding.readers.folder import read_folder
+from vidcls.sharding.writer import Plan, write_shards
 
 # A busy machine is slow now and then; pytest's own limit catches what hangs.
 settings.register_profile("no deadline", deadline=None)
@@ -43,6 +47,23 @@ def small_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for extra in ("left/clip_0006.mp4", "up/clip_0006.mp4"):
         (videos / extra).unlink()
     return make_shards(videos, folder / "shards", frames=4, short_side=56, samples_per_shard=10)
+
+
+@pytest.fixture(scope="session")
+def two_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 clips in 4 classes: of each class 3 of 8 frames of 56x56, 2 of 4 and 1 of 8 frames of 112x112."""
+    folder = tmp_path_factory.mktemp("two_sizes")
+    for label, name in enumerate(CLASSES):
+        for clip, (frames, size) in enumerate([(8, 56), (8, 112), (4, 112), (8, 56), (4, 112), (8, 56)]):
+            pictures = motion_frames(np.random.default_rng([label, clip]), name, frames, size)
+            (folder / "videos" / name).mkdir(parents=True, exist_ok=True)
+            write_video(folder / "videos" / name / f"clip_{clip}.mp4", pictures)
+    labels, records = read_folder(folder / "videos")
+    settings = DecodeSettings(
+        frames=None, fps=FRAMES_PER_SECOND, max_frames=8, short_side=None, max_pixels=112**2, codec="png", quality=None
+    )
+    write_shards(Plan(records, labels, settings, 10), folder / "shards", workers=0)
+    return folder / "shards"
 
 
 @pytest.fixture(scope="session")

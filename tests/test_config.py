@@ -30,6 +30,7 @@ VALUES = {
     "per_device_train_batch_size": 2,
     "deepspeed": str(ROOT / "ds_configs" / "zero2.json"),
 }
+BUDGET = {"per_device_train_batch_size": None, "train_batch_size": 24, "max_tokens_per_batch": 4096}
 
 
 def config(**changes: object) -> Config:
@@ -97,6 +98,16 @@ def config(**changes: object) -> Config:
         ({"load_best_model_at_end": True}, "load_best_model_at_end: true needs eval_strategy"),
         ({"metric_for_best_model": "f1"}, "metric_for_best_model: 'f1' is not legal: top1"),
         ({"per_device_train_batch_size": None}, "per_device_train_batch_size: not given"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch: 0 is not legal: .*>= 1"),
+        *(
+            ({**BUDGET, **changes}, "max_tokens_per_batch: 4096 divides the clips of train_batch_size " + words)
+            for changes, words in (
+                ({"train_batch_size": None}, r"\(None\), which must be given, "),
+                ({"per_device_train_batch_size": 2}, r".* place of per_device_train_batch_size \(2\)"),
+                ({"gradient_accumulation_steps": 2}, r".*gradient_accumulation_steps \(2\), which must be left out"),
+            )
+        ),
+        ({**BUDGET, "lm_loss_weight": 0.1}, "max_tokens_per_batch: 4096 does not go with lm_loss_weight 0.1"),
         ({"deepspeed": "nowhere.json"}, "deepspeed: 'nowhere.json' is not a file"),
     ],
 )
@@ -171,6 +182,7 @@ def test_overrides_win_and_the_dump_loads_again(tmp_path: Path) -> None:
             3,
             (4, 2, 24),
         ),
+        (BUDGET, 3, (8, 1, 24)),
     ],
 )
 def test_two_of_the_batch_triple_give_the_third(batch: dict, world: int, expected: tuple[int, int, int]) -> None:
@@ -182,6 +194,8 @@ def test_two_of_the_batch_triple_give_the_third(batch: dict, world: int, expecte
 def test_a_batch_that_does_not_divide_lists_the_rank_counts_that_fit() -> None:
     with pytest.raises(ConfigError, match=r"train_batch_size: 12 .*these rank counts fit: \[1, 2, 3, 6\]"):
         batch_plan(config(train_batch_size=12).optim, 4)
+    with pytest.raises(ConfigError, match=r"train_batch_size: 24 .*rank counts fit: \[1, 2, 3, 4, 6, 8, 12, 24\]"):
+        batch_plan(config(**BUDGET).optim, 5)
 
 
 def test_total_steps() -> None:

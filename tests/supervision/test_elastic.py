@@ -70,6 +70,16 @@ def test_the_recipe_is_left_alone_where_it_comes_to_the_same() -> None:
     }
 
 
+def test_a_budget_of_tokens_stays_on_any_hosts() -> None:
+    optim = OptimOptions(train_batch_size=24, max_tokens_per_batch=4096, **OPTIM)
+    batch = Batch.of(optim, ranks=3, resumed=None)
+    assert batch is not None
+    for hosts, ranks in (({"a": 3}, 3), ({"a": 1, "b": 1}, 2), ({"a": 5}, 4)):
+        layout = batch.layout(hosts)
+        assert layout.ranks == ranks
+        assert batch_keys(optim, layout) == {}
+
+
 def test_the_batch_of_the_checkpoint_counts_unless_the_recipe_names_one(tmp_path) -> None:
     (tmp_path / "training_state.json").write_text('{"step": 5, "stream": {"global_batch": 32}}')
     relative = OptimOptions(per_device_train_batch_size=4, **OPTIM)

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from transformers import get_scheduler
 
-from tests.support.shards import clip_batches
 from vidcls.data.index import ShardIndex
-from vidcls.data.loader import ClipBatches, Request
+from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request
 from vidcls.data.order import SampleOrder
 from vidcls.model.classifier import ActionClassifier
 from vidcls.model.heads import ActionDecoder
 from vidcls.model.pretrained import ModelSpec, build_encoder, build_model
 from vidcls.model.weights import load_config
+from vidcls.options import DEFAULT_PROMPT
 
 FIRST = 6
 
@@ -52,7 +52,8 @@ def train_plainly(recipe: dict[str, Any], spec: ModelSpec, *, forward_size: int)
     head = ActionDecoder(width, len(index.labels), kind, seed=recipe["seed"])
     model = build_model(spec, encoder, {"default": head}, seed=recipe["seed"])
     model.train()
-    clips = clip_batches(index, encoder, spec.video_maxlen)
+    source = ClipSource(index, recipe.get("prompt", DEFAULT_PROMPT))
+    clips = ClipBatches([source], encoder, FrameChoice(spec.video_maxlen))
     order = SampleOrder(len(index), recipe["seed"])
     trained = {name: p for name, p in model.named_parameters() if _trains(name, recipe)}
     assert all(p.requires_grad == (name in trained) for name, p in model.named_parameters())

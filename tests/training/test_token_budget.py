@@ -17,6 +17,7 @@ import yaml
 from tests.support import launch
 from tests.training.plain import PlainResult, train_plainly
 from tests.training.test_parity import FP32
+from tools.checkpoint import show
 from vidcls import distributed
 from vidcls.config import config_from_values
 from vidcls.data.loader import training_requests
@@ -167,6 +168,13 @@ def test_every_rank_count_trains_on_the_same_clips(folders: dict[str, Path]) -> 
     assert [len(set(keys)) for keys in expected] == [GLOBAL_BATCH] * STEPS
     assert order("zero2-2ranks") == order("zero3-1rank") == expected
     assert order("zero2-2ranks-then-zero3-1rank") == expected[HALF:]
+
+
+def test_the_layout_is_told(folders: dict[str, Path], capsys: pytest.CaptureFixture) -> None:
+    layout = "8 clips = 4 (at most 100 tokens a forward) x 2 ranks"
+    assert f"training  {STEPS} steps of {layout}, ZeRO-3, cpu" in (folders["zero3-2ranks"].parent / "log2").read_text()
+    show(last(folders["zero3-2ranks"]))
+    assert f"layout    2 ranks, ZeRO-3, {layout}" in capsys.readouterr().out
 
 
 def test_steps_are_cut_differently(two_sizes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

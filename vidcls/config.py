@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vidcls.options import (
     ACTION_TOKEN,
+    AUTO,
+    DEFAULT_MEMORY_LIMIT,
     OWNER,
     SECTIONS,
     VIDEO_TAG,
@@ -135,6 +137,8 @@ class BatchPlan:
 def batch_plan(optim: OptimOptions, world_size: int | None) -> BatchPlan | None:
     """The batch triple for world_size ranks; with None only what holds for every world size is checked.
 
+    Where the micro-batch is "auto" it is 1: the least that there can be, until memory has been measured.
+
     Raises:
         ConfigError: the three keys contradict each other or do not divide; names what would.
     """
@@ -151,6 +155,16 @@ def batch_plan(optim: OptimOptions, world_size: int | None) -> BatchPlan | None:
                 f"gradient_accumulation_steps ({accumulation}), which must be left out"
             )
         accumulation = 1
+    if micro == AUTO:
+        if global_ is None or accumulation is not None:
+            raise ConfigError(
+                "per_device_train_batch_size: 'auto' needs train_batch_size and no gradient_accumulation_steps, which "
+                f"follows; they are {global_} and {accumulation}"
+            )
+        micro = 1
+    elif optim.memory_limit != DEFAULT_MEMORY_LIMIT:
+        raise ConfigError(f"memory_limit: {optim.memory_limit} has no effect without per_device_train_batch_size auto")
+    assert not isinstance(micro, str)
     if micro is None and (global_ is None or accumulation is None):
         raise ConfigError(
             "per_device_train_batch_size: not given; of per_device_train_batch_size, "

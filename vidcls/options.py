@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 ACTION_TOKEN = "<ACTION>"
 VIDEO_TAG = "<video>"
 DEFAULT_CACHE_GB = 50
+DEFAULT_MEMORY_LIMIT = 0.9
+AUTO = "auto"
 DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
 DEFAULT_NAME = "default"
 
@@ -172,7 +174,15 @@ class AugmentOptions(Section):
 
 
 class OptimOptions(Section):
-    per_device_train_batch_size: int | None = Field(None, ge=1, description="clips per forward and rank")
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None, description="clips per forward and rank; auto: as many as memory_limit allows, given train_batch_size"
+    )
+    memory_limit: Annotated[float, Field(gt=0, le=1)] | Annotated[str, Field(pattern=r"^[0-9.]*[1-9][0-9]*GB$")] = (
+        Field(
+            DEFAULT_MEMORY_LIMIT,
+            description="of auto: share of the accelerator's memory, on a CPU of the host's by its ranks; or as 40GB",
+        )
+    )
     gradient_accumulation_steps: int | None = Field(None, ge=1, description="forwards per optimizer step")
     train_batch_size: int | None = Field(None, ge=1, description="clips per optimizer step over all ranks")
     max_tokens_per_batch: int | None = Field(

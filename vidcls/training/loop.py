@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from typing import Any
 import torch
 
 from vidcls import distributed
+from vidcls.command import user_errors
 from vidcls.data.loader import training_requests
-from vidcls.data.reading import read_batches
+from vidcls.data.reading import BatchReader, read_batches
 from vidcls.faults import guard
 from vidcls.faults.causes import DivergedError
 from vidcls.training.agreement import Agreement
 from vidcls.training.bad_samples import BadSamples
 from vidcls.training.building import build
 from vidcls.training.engine import StepResult, train_step
+from vidcls.training.micro_batch import choose
 from vidcls.training.objective import Objective, Tally
 from vidcls.training.optimizer import learning_rate
 from vidcls.training.output import Outcome, finish_output, open_log, open_order_log, summary
@@ -37,28 +40,28 @@ def train(run: Run) -> Outcome:
     With `do_train: false` the model is built and described, and nothing is written.
     """
     config, first = run.config, run.start.step
+    chosen = None
+    if run.measures_memory:
+        engine, average = build(run)
+        with user_errors():  # too little memory is one, and the same on all ranks
+            plan, chosen = choose(run, engine)
+        run = replace(run, plan=plan)
+        batches = _batches(run)
+    else:
+        batches = _batches(run)  # workers start while the model is built
+        engine, average = build(run)
     layout = run.layout()
-    requests = training_requests(run.data.order, layout, first, run.steps)
-    on_gpu = distributed.device().type != "cpu"
-    workers = config.data.dataloader_num_workers if config.run.do_train else 0
-    batches = read_batches(
-        run.clips,
-        requests,
-        workers=workers,
-        pin=on_gpu,
-        seconds=config.run.data_timeout,
-        most_bytes=run.most_batch_bytes(),
-    )
-    engine, average = build(run)
     if not config.run.do_train:
         if distributed.is_main():
-            print("\n".join([*summary(run, engine.module), "do_train is false: nothing was trained"]), flush=True)
+            lines = [*summary(run, engine.module), *([chosen] if chosen else [])]
+            print("\n".join([*lines, "do_train is false: nothing was trained"]), flush=True)
         distributed.barrier()
         return Outcome(first, run.steps)
     objective = Objective.of(config.optim, run.data.class_counts(), engine.device)
     check = SelfCheck(engine, run, objective.losses) if config.run.self_check else None
     clock = StepClock(batches)
     log = open_log(run, engine.module)
+    _say(log, chosen)
     order = open_order_log(run)
     evaluations = run.evaluations
     if evaluations:
@@ -160,6 +163,19 @@ def train(run: Run) -> Outcome:
     outcome = Outcome(done, run.steps, last, early)
     finish_output(run, outcome)
     return outcome
+
+
+def _batches(run: Run) -> BatchReader:
+    """This rank's micro-batches, from the run's first step to its last."""
+    data, options = run.config.data, run.config.run
+    return read_batches(
+        run.clips,
+        training_requests(run.data.order, run.layout(), run.start.step, run.steps),
+        workers=data.dataloader_num_workers if options.do_train else 0,
+        pin=distributed.device().type != "cpu",
+        seconds=options.data_timeout,
+        most_bytes=run.most_batch_bytes(),
+    )
 
 
 class Window:

@@ -23,6 +23,7 @@ from vidcls.model.pretrained import ModelSpec, build_encoder, check_adapter, rea
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tuning import TuningSettings
 from vidcls.model.weights import fingerprint
+from vidcls.options import AUTO
 from vidcls.training.checkpoint import check_average
 from vidcls.training.continuing import check_changes, check_continues
 from vidcls.training.data_sets import DataSets, open_data_sets
@@ -30,7 +31,7 @@ from vidcls.training.evaluating import Evaluations, Schedule, eval_views, open_e
 from vidcls.training.folders import find_latest, list_checkpoints
 from vidcls.training.heads import build_heads
 from vidcls.training.optimizer import learning_rate
-from vidcls.training.sharded_state import RunState, StoredState, read_state
+from vidcls.training.sharded_state import RunState, StoredState, read_state, read_state_file
 from vidcls.training.vision_cache import VisionCache
 
 
@@ -44,6 +45,7 @@ class Run:
     heads: dict[str, ActionDecoder]
     clips: ClipBatches
     plan: BatchPlan
+    measures_memory: bool  # the plan's micro-batch is provisional, and the largest is still to be found
     steps: int
     resume: Path | None
     start: RunState  # before the first step, or as stored in the checkpoint
@@ -110,12 +112,16 @@ def setup(config: Config) -> Run:
     fresh = RunState(step=0, adam_steps=0, stream=_stream(config, data, plan))
     resume = _checkpoint_to_resume(config)
     start = fresh
+    measures_memory = config.optim.per_device_train_batch_size == AUTO
     if resume is not None:
         with distributed.all_or_none(f"reading {resume}"):
             stored = read_state(resume)
             changes = check_continues(resume, stored, read_spec(resume), config, fresh, spec)
             check_average(StoredState.open(resume), wanted=config.optim.ema_decay is not None)
             start = replace(stored, stream=fresh.stream)
+            micro = stored_micro_batch(resume, config, plan) if measures_memory else None
+        if micro is not None:
+            plan, measures_memory = replace(plan, micro=micro, accumulation=plan.accumulation // micro), False
         if changes and distributed.is_main():
             print(f"vidcls: goes on with changes: {', '.join(changes)}", flush=True)
     elif config.model.adapter_name_or_path is not None:
@@ -136,7 +142,27 @@ def setup(config: Config) -> Run:
         evaluations = Evaluations(config, eval_clips, encoder, frame_choice(spec), schedule)
         for batches in evaluations.batches.values():
             check_texts(batches, threads=config.data.preprocessing_num_workers)
-    return Run(config, data, spec, heads, clips, plan, steps, resume, start, evaluations, budget)
+    return Run(config, data, spec, heads, clips, plan, measures_memory, steps, resume, start, evaluations, budget)
+
+
+def stored_micro_batch(folder: Path, config: Config, plan: BatchPlan) -> int | None:
+    """That of the run which wrote the checkpoint, so that this one computes the same numbers; None, which is said, when
+    it was on another layout, whose memory says nothing of this one's."""
+    layout = read_state_file(folder)["layout"]
+    now = {
+        "ranks": distributed.world_size(),
+        "zero_stage": config.zero_stage,
+        "global_batch": plan.global_,
+        "max_tokens_per_batch": None,
+    }
+    same = all(layout.get(name) == value for name, value in now.items())
+    if distributed.is_main():
+        then = ", ".join(f"{name} {layout.get(name)}" for name in now)
+        today = ", ".join(f"{name} {value}" for name, value in now.items())
+        how = f"{layout['micro_batch']} as in {folder}"
+        how = how if same else f"measured anew: {folder} is of another layout ({then}) than this run ({today})"
+        print(f"vidcls: per_device_train_batch_size: auto is {how}", flush=True)
+    return layout["micro_batch"] if same else None
 
 
 def _stream(config: Config, data: DataSets, plan: BatchPlan) -> dict[str, object]:

@@ -36,11 +36,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice, Request
 from vidcls.model.pretrained import build_encoder, read_spec
+from vidcls.model.shapes import PUBLISHED_SHAPES
 from vidcls.model.tiny import tiny_config, tiny_tokenizer
 from vidcls.options import ACTION_TOKEN, DEFAULT_PROMPT
-
-sys.path.append(str(ROOT))  # tools are no package that is installed
-from tools.make_random_checkpoint import PUBLISHED_SHAPES
 
 SHAPE = PUBLISHED_SHAPES["3b"]
 VOCABULARY, WIDTH = SHAPE["vocab_size"], SHAPE["hidden_size"]

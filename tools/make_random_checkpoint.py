@@ -37,6 +37,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from vidcls.model.shapes import PUBLISHED_SHAPES, TINY_VISION, published_vision
 from vidcls.model.tiny import SPECIAL_IDS, tiny_config, tiny_tokenizer
 
 STD = 0.02  # the family's initializer_range
@@ -70,48 +71,24 @@ PUBLISHED_IDS = {
     "<|image_pad|>": 151655,
     "<|video_pad|>": 151656,
 }
-# Where the published sizes differ; all vision towers are alike but for their output and intermediate_size.
-PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
-    "3b": {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "7b": {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": False,
-    },
-    "32b": {
-        "vocab_size": 152064,
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-    },
-    "72b": {
-        "vocab_size": 152064,
-        "hidden_size": 8192,
-        "intermediate_size": 29568,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-    },
-}
-VISION_INTERMEDIATE = {"3b": 3420, "7b": 3420, "32b": 3456, "72b": 3456}
 TINY_SHAPES = ("tiny", "tiny-untied")
-SHAPES = (*TINY_SHAPES, *PUBLISHED_SHAPES)
+MID = "mid"  # a step takes a moment, with the real vocabulary
+MID_TEXT = {
+    **PUBLISHED_SHAPES["3b"],
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+MID_VISION = {
+    **TINY_VISION,
+    "depth": 4,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "out_hidden_size": 256,
+    "fullatt_block_indexes": [3],
+}
+SHAPES = (*TINY_SHAPES, MID, *PUBLISHED_SHAPES)
 
 
 @dataclass(frozen=True)
@@ -128,13 +105,14 @@ class TensorPlan:
 
 
 def model_config(shape: str) -> Qwen2_5_VLConfig:
-    """The config of a shape: "tiny" is the built-in model's, the others but "tiny-untied" are the published ones.
+    """The config of a shape: "tiny" is the built-in model's, "mid" is a small one with the real vocabulary, the
+    others but "tiny-untied" are the published ones.
 
     Raises ValueError for another shape.
     """
     if shape not in SHAPES:
         raise ValueError(f"shape is {shape!r}; legal: {' | '.join(SHAPES)}")
-    config = tiny_config() if shape in TINY_SHAPES else _published_config(shape)
+    config = tiny_config() if shape in TINY_SHAPES else _real_config(shape)
     if shape == "tiny-untied":
         text_config: Any = config.text_config  # has a flag of its own, which transformers obeys too
         config.tie_word_embeddings = text_config.tie_word_embeddings = False
@@ -233,32 +211,25 @@ def write_checkpoint(
     return out
 
 
-def _published_config(name: str) -> Qwen2_5_VLConfig:
-    shape = PUBLISHED_SHAPES[name]
+def _real_config(name: str) -> Qwen2_5_VLConfig:
+    """With the real vocabulary."""
+    shape = MID_TEXT if name == MID else PUBLISHED_SHAPES[name]
+    eighth = shape["hidden_size"] // shape["num_attention_heads"] // 8
     text = {
         **shape,
         "max_position_embeddings": 128000,
         "rms_norm_eps": 1e-6,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [eighth, eighth * 3 // 2, eighth * 3 // 2],
+        },
         "bos_token_id": PUBLISHED_IDS["<|endoftext|>"],
         "eos_token_id": PUBLISHED_IDS["<|im_end|>"],
     }
-    vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": VISION_INTERMEDIATE[name],
-        "num_heads": 16,
-        "out_hidden_size": shape["hidden_size"],
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "tokens_per_second": 2,
-    }
     return Qwen2_5_VLConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config=MID_VISION if name == MID else published_vision(name),
         tie_word_embeddings=shape["tie_word_embeddings"],
         image_token_id=PUBLISHED_IDS["<|image_pad|>"],
         video_token_id=PUBLISHED_IDS["<|video_pad|>"],
@@ -396,7 +367,10 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the temporary folder is removed
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shape", choices=SHAPES, required=True, help="tiny: the built-in model's; tiny-untied: with a head"
+        "--shape",
+        choices=SHAPES,
+        required=True,
+        help="tiny: the built-in model's; tiny-untied: with a head; mid: small, with the real vocabulary",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint; new or empty")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other weights (default: 0)")

@@ -33,7 +33,7 @@ from vidcls.model.pretrained import (
     load_model,
     write_spec,
 )
-from vidcls.model.tiny import TINY
+from vidcls.model.shapes import TINY
 from vidcls.model.tuning import TUNED_WEIGHTS_NAME, TuningSettings, merge_adapter, save_adapter_with_token
 from vidcls.model.weights import fingerprint
 

@@ -9,9 +9,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-TINY = "tiny"
+from vidcls.model.shapes import TINY_TEXT, TINY_VISION
+
 WEIGHTS_SEED = 20250217
-VOCAB_SIZE = 512
 # Deviation of the weights. The published 0.02 is about 1 / sqrt(2048), the 3B model's width; at these widths it leaves
 # attention flat, and LoRA on top learns nothing from where and when something moves.
 TEXT_STD = 0.09
@@ -31,35 +31,16 @@ SPECIAL_IDS = {token: 256 + index for index, token in enumerate(SPECIAL_TOKENS)}
 def tiny_config() -> Qwen2_5_VLConfig:
     """A two-layer Qwen2.5-VL with the real geometry: 14 pixel patches, 2x2 merging, 112 pixel windows."""
     text = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **TINY_TEXT,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
         "bos_token_id": SPECIAL_IDS["<|endoftext|>"],
         "eos_token_id": SPECIAL_IDS["<|im_end|>"],
         "use_cache": False,
-        "tie_word_embeddings": True,
         "initializer_range": TEXT_STD,
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "out_hidden_size": 128,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [1],
-        "tokens_per_second": 2,
-        "initializer_range": VISION_STD,
-    }
+    vision = {**TINY_VISION, "initializer_range": VISION_STD}
     return Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,

@@ -9,7 +9,8 @@ import torch
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from vidcls.config import has_own_tokenizer
-from vidcls.model.tiny import SPECIAL_TOKENS, TINY, tiny_tokenizer
+from vidcls.model.shapes import TINY
+from vidcls.model.tiny import SPECIAL_TOKENS, tiny_tokenizer
 from vidcls.model.weights import load_config, load_token_embeddings
 from vidcls.options import ACTION_TOKEN
 

@@ -14,8 +14,9 @@ from vidcls.model.classifier import ActionClassifier, ActionToken
 from vidcls.model.kernels import resolve_attention
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.pretrained import ModelSpec
+from vidcls.model.shapes import TINY
 from vidcls.model.stored import StoredTensors, differing_shapes
-from vidcls.model.tiny import TINY, tiny_backbone
+from vidcls.model.tiny import tiny_backbone
 from vidcls.model.weights import empty_backbone, load_config, parameter_name
 
 VISUAL = "visual."

@@ -16,10 +16,10 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
+from vidcls.model.shapes import MODEL_TYPE, TINY
 from vidcls.model.stored import StoredTensors
-from vidcls.model.tiny import TINY, tiny_backbone, tiny_config
+from vidcls.model.tiny import tiny_backbone, tiny_config
 
-MODEL_TYPE = "qwen2_5_vl"
 LANGUAGE_HEAD = "lm_head.weight"
 TOKEN_EMBEDDINGS = "language_model.embed_tokens.weight"
 # Published files; what transformers writes today; what it writes for the model without a head. First match counts.

@@ -26,7 +26,14 @@ ROWS = (
     ("vidcls.faults",),
     ("vidcls.distributed", "vidcls.command", "vidcls.progress"),
     ("vidcls.data", "vidcls.model"),
-    ("vidcls.evaluation", "vidcls.sharding", "vidcls.inspection", "vidcls.doctor", "vidcls.supervision"),
+    (
+        "vidcls.evaluation",
+        "vidcls.sharding",
+        "vidcls.inspection",
+        "vidcls.doctor",
+        "vidcls.supervision",
+        "vidcls.planning",
+    ),
     ("vidcls.report",),
     ("vidcls.training",),
     ("vidcls.export", "vidcls.predict"),
@@ -78,6 +85,13 @@ def test_configuration_imports_nothing_heavy() -> None:
     program = f"import sys, vidcls.config, vidcls.command; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_planning_imports_no_torch() -> None:
+    """NumPy at most, for the shards' index: a plan is answered in a moment."""
+    program = f"import sys, tools.plan; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['numpy']"
 
 
 @pytest.mark.parametrize("command", [name for name in SOURCES if name.startswith("launch.")])

@@ -71,6 +71,10 @@ class Linear:
     bias: bool = False
 
     @property
+    def trained_tensors(self) -> int:
+        return (1 + self.bias if self.trains else 0) + (2 if self.rank else 0)
+
+    @property
     def trained_weights(self) -> int:
         own = self.inner * self.outer + (self.outer if self.bias else 0) if self.trains else 0
         return own + self.rank * (self.inner + self.outer)
@@ -136,7 +140,8 @@ class Workload:
     """A micro-batch through one model: its layers, what stands around them, and the numbers that train.
 
     fused_attention: torch's fused kernels or flash attention (a GPU); on a CPU attention that trains is written out.
-    plain_layers: LoRA as PEFT computes it (under ZeRO-3 and with DoRA), not as model/adapters.py does.
+    plain_layers: LoRA as PEFT computes it (under ZeRO-3 and with DoRA), not as model/adapters.py does. gathered: layers
+    gather their weights, which are partitioned (ZeRO-3). mask_bytes: of a value in a dropout mask of torch's own.
     """
 
     model: Architecture
@@ -144,10 +149,14 @@ class Workload:
     blocks: tuple[Block, ...]
     around: tuple[Projection, ...]
     trained: int
+    trained_tensors: int
     largest_layer: int  # weights of the largest layer, with its adapters
     dropout: float
     fused_attention: bool
     plain_layers: bool
+    dora: bool
+    gathered: bool
+    mask_bytes: int
     vision_trains: bool
     bf16: bool
 
@@ -200,10 +209,14 @@ class Workload:
             blocks=blocks,
             around=around,
             trained=trained,
+            trained_tensors=sum(count * layer.trained_tensors for count, p in linear for layer in p.layers),
             largest_layer=largest,
             dropout=options.lora_dropout if config.has_lora else 0.0,
             fused_attention=on_gpu and options.flash_attn not in ("eager", "disabled"),
             plain_layers=stage == 3 or options.use_dora,
+            dora=options.use_dora,
+            gathered=stage == 3,
+            mask_bytes=1 if on_gpu else 2 if config.optim.bf16 else 4,
             vision_trains=options.vision_tuning != "frozen" or options.merger_tuning != "frozen",
             bf16=config.optim.bf16,
         )
@@ -263,7 +276,7 @@ def _text_blocks(config: Config, model: Architecture, clips: Clips, tuning: Tuni
 
 
 def _vision_blocks(config: Config, model: Architecture, clips: Clips) -> tuple[Block, ...]:
-    """The first block apart, whose input has no gradient unless the patch embedding trains; and by kind of attention."""
+    """By kind of attention; the first apart, whose input has no gradient unless the patch embedding trains."""
     vision, tuning, rank = model.vision, config.model.vision_tuning, config.model.lora_rank
     rows = clips.count * clips.video_tokens(model) * model.merge**2
     v = vision.width

@@ -1,0 +1,155 @@
+"""What this machine can do, measured in about half a minute: the figures that `machines.Machine` wants.
+
+Weights and values come from more memory than caches hold, as they do in a step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle, pairwise
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+from vidcls import distributed
+from vidcls.model import adapters, layers
+from vidcls.planning.machines import (
+    CONTEXT_BYTES,
+    LINK_EFFICIENCY,
+    STEP_SECONDS,
+    TENSOR_SECONDS,
+    Machine,
+    Rate,
+)
+
+ROWS = (4, 64, 256, 512, 1024, 2048)
+WEIGHTS = ((256, 256), (256, 1024), (1024, 2048), (2048, 4096), (2048, 11008))
+COLD_BYTES = 128 << 20
+LEAST_SECONDS = 0.06  # of one figure, at least
+VALUES = (844, 5504)
+SCORES = (4, 16, 211, 211)
+OPERATIONS = 100
+MEMORY_LINK = 4e9  # bytes a second between ranks of one host without accelerators: through shared memory
+# A rank imports these; what torch's compiled operations and DeepSpeed's buffers take comes on top.
+IMPORTS = "import torch, deepspeed, peft, transformers, vidcls.model.pretrained, psutil"
+STARTED_BYTES = 0.15e9
+
+
+def measure() -> Machine:
+    device, dtype = distributed.device(), torch.bfloat16
+    on_gpu = device.type != "cpu"
+    rates = tuple(_rates(device, dtype))
+    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    return Machine(
+        name=distributed.accelerator_name() if on_gpu else f"this machine, {len(os.sched_getaffinity(0))} CPU cores",
+        on_gpu=on_gpu,
+        memory=float(total),
+        peak=max(rate.flops for rate in rates),
+        rates=rates,
+        value_seconds=_value_seconds(device, dtype),
+        operation_seconds=_operation_seconds(device),
+        step_seconds=STEP_SECONDS,
+        tensor_seconds=TENSOR_SECONDS,
+        link=MEMORY_LINK if not on_gpu else 32e9 * LINK_EFFICIENCY,
+        base_bytes=CONTEXT_BYTES if on_gpu else _imported_bytes() + STARTED_BYTES,
+        assumptions=(
+            "rates of products, passes and operations as measured by --calibrate",
+            f"DeepSpeed and the log take {STEP_SECONDS * 1e3:g} ms a step and {TENSOR_SECONDS * 1e6:g} us a tensor",
+        ),
+    )
+
+
+def _rates(device: torch.device, dtype: torch.dtype) -> Iterator[Rate]:
+    for inner, outer in WEIGHTS:
+        copies = max(2, COLD_BYTES // (2 * inner * outer))
+        weights = cycle([torch.randn(outer, inner, device=device).to(dtype) for _ in range(min(copies, 64))])
+        for rows in ROWS:
+            x = torch.randn(rows, inner, device=device).to(dtype)
+            seconds = _usual(partial(_multiply, x, weights))
+            yield Rate(rows, inner * outer, 2.0 * rows * inner * outer / seconds)
+
+
+def _multiply(x: torch.Tensor, weights: Iterator[torch.Tensor]) -> None:
+    F.linear(x, next(weights))
+
+
+def _value_seconds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Forward and backward of one value, by the kind of layer."""
+    copies = math.ceil(COLD_BYTES / (2 * VALUES[0] * VALUES[1]))
+    values = [torch.randn(VALUES, device=device).to(dtype).requires_grad_() for _ in range(copies + 1)]
+    ring = cycle(pairwise(values))
+    weight = torch.ones(VALUES[1], device=device, dtype=dtype)
+    count = VALUES[0] * VALUES[1]
+
+    def move() -> None:
+        x, y = next(ring)
+        with torch.no_grad():
+            x + y
+
+    def norm() -> None:
+        x, y = next(ring)
+        torch.autograd.grad(layers._RmsNorm.apply(x, weight, 1e-6), x, y.detach())
+
+    def swiglu() -> None:
+        x, y = next(ring)
+        torch.autograd.grad(layers._SwiGlu.apply(x, y), (x, y), y.detach())
+
+    def mask() -> None:
+        x, y = next(ring)
+        with torch.no_grad():
+            keep = adapters._keep_mask(x, 0.05)
+            x * keep
+            x * keep
+            y.detach().clone().addcmul_(x, keep)
+
+    scores = torch.randn(SCORES, device=device).to(dtype).requires_grad_()
+    mask_LL = torch.zeros(SCORES[-2:], device=device)
+
+    def score() -> None:
+        weights = (scores.float() * 0.1 + mask_LL).softmax(dim=-1).to(dtype)
+        torch.autograd.grad(weights, scores, scores.detach())
+
+    found = {"norm": norm, "swiglu": swiglu, "mask": mask, "move": move}
+    return {name: _usual(function) / count for name, function in found.items()} | {
+        "score": _usual(score) / math.prod(SCORES)
+    }
+
+
+def _operation_seconds(device: torch.device) -> float:
+    """Of one operation on a few numbers with its share of a backward."""
+    x = torch.ones(8, device=device, requires_grad=True)
+
+    def chain() -> None:
+        y = x
+        for _ in range(OPERATIONS):
+            y = y * 1.0
+        y.sum().backward()
+
+    return _usual(chain) / (2 * OPERATIONS)
+
+
+def _usual(function: Callable[[], None]) -> float:
+    """Seconds of a call: the median of several after one that does not count."""
+    function()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < LEAST_SECONDS:
+        distributed.synchronize()
+        start = time.perf_counter()
+        function()
+        distributed.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _imported_bytes() -> float:
+    program = f"{IMPORTS}; print(psutil.Process().memory_info().rss)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])

@@ -1,0 +1,108 @@
+"""Bytes that one rank needs at its worst moment, by what they are for.
+
+DeepSpeed 0.19.8 with vidcls's optimizer: trained weights in bf16 on every rank (ZeRO-2) or cut into parts (ZeRO-3);
+float32 masters, Adam's two moments and gradients of a rank's own part; buckets in which gradients are sent. On a GPU
+buckets are taken whole; on a CPU a page costs when it is touched, weights stay mapped from the checkpoint's files
+(ZeRO-2), and of the embedding table a prompt touches next to nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vidcls.config import Config
+from vidcls.planning import activations
+from vidcls.planning.machines import FRAGMENTATION, Machine
+from vidcls.planning.workload import Workload
+
+FLOAT = 4
+DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, where a file names none
+DEFAULT_LIVE = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank; their sum is the peak. `gathered`: whole layers under ZeRO-3."""
+
+    base: float
+    frozen_weights: float
+    trained_weights: float
+    masters_and_moments: float
+    gradients: float
+    gathered: float
+    activations: float
+    working_set: float
+    allocator: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory(work: Workload, config: Config, machine: Machine, *, ranks: int) -> Memory:
+    """At the worst moment of a step; on a CPU a checkpoint that is copied to be written counts too."""
+    zero: dict[str, Any] = config.zero["zero_optimization"]
+    size, trained, stage = work.value_bytes, work.trained, config.zero_stage
+    full = trained_of_backbone(work)
+    frozen = work.model.weights - full
+    offloaded = _offloaded(zero, "offload_optimizer")
+    gathered = 0.0
+    bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    buckets = 2 if stage == 2 and zero.get("overlap_comm", False) else 1
+    if not machine.on_gpu:
+        bucket = min(bucket, trained)
+    if stage == 3:
+        own = 0.0 if _offloaded(zero, "offload_param") else 1 / ranks
+        frozen_bytes, trained_bytes = frozen * size * own, trained * size * own
+        live = zero.get("stage3_max_live_parameters", DEFAULT_LIVE)
+        live += zero.get("stage3_prefetch_bucket_size", 0)
+        gathered = size * max(min(live, work.model.weights), work.largest_layer)
+    else:
+        if not machine.on_gpu and not work.clips.answers:
+            frozen -= work.model.embedding_weights
+        frozen_bytes, trained_bytes = float(frozen * size), float(trained * size)
+    states = 0.0 if offloaded else 3 * FLOAT * trained / ranks
+    if config.optim.ema_decay is not None and not offloaded:
+        states += FLOAT * trained / ranks
+    gradients = (0.0 if offloaded else FLOAT * trained / ranks) + bucket * (buckets * size + FLOAT)
+    kept, again = activations.kept(work), activations.again(work)
+    working = max(activations.working_set(work), activations.tower_working_set(work) - kept)
+    # Masters of a step's gradients, and a checkpoint's copy, come when activations are gone.
+    copies = 0.0 if machine.on_gpu else (3 * FLOAT + size) * trained / ranks
+    after = max(FLOAT * trained / ranks, copies) - kept - again - working
+    working += max(0.0, after)
+    found = Memory(
+        base=machine.base_bytes,
+        frozen_weights=frozen_bytes,
+        trained_weights=trained_bytes,
+        masters_and_moments=states,
+        gradients=gradients,
+        gathered=gathered,
+        activations=kept + again,
+        working_set=working,
+        allocator=0.0,
+    )
+    if not machine.on_gpu:
+        return found
+    extra = (FRAGMENTATION - 1) * (found.total - found.base)
+    return Memory(**{field.name: getattr(found, field.name) for field in fields(found)} | {"allocator": extra})
+
+
+def trained_of_backbone(work: Workload) -> int:
+    """Weights of the checkpoint itself that train (full tuning)."""
+    model = work.model
+    linear = [(block.count, p) for block in work.blocks for p in block.projections]
+    linear += [(1, p) for p in work.around if p.name != "head"]
+    matrices = sum(
+        count * (layer.inner * layer.outer + (layer.outer if layer.bias else 0))
+        for count, p in linear
+        for layer in p.layers
+        if layer.trains
+    )
+    return min(matrices, model.weights)
+
+
+def _offloaded(zero: dict[str, Any], key: str) -> bool:
+    value = zero.get(key)
+    return isinstance(value, dict) and value.get("device", "none") != "none"

@@ -1,0 +1,117 @@
+"""Seconds of an optimizer step: products, passes over memory, the host, the optimizer, and what ranks send.
+
+On a GPU the host runs ahead of the device, and the slower of the two decides; on a CPU they take turns. Nothing that is
+sent is taken to be hidden behind what is computed: an upper bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from vidcls.planning.flops import micro_batch
+from vidcls.planning.machines import Machine
+from vidcls.planning.workload import Block, Workload
+
+# Operations that the host starts for a layer, forward and backward of it; products not counted.
+FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 40, 45
+OPTIMIZER_BYTES = 40  # of a trained number: gradient, master and moments read and written, norm and clipping
+SENT_GRADIENT, SENT_WEIGHT = 4, 2  # communication_data_type fp32; bf16
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """ranks of a node; network: bytes a second into and out of a node."""
+
+    nodes: int
+    per_node: int
+    network: float
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.per_node
+
+    def slowest(self, link: float) -> float:
+        """Bytes a second of a ring through all ranks."""
+        if self.ranks == 1:
+            return float("inf")
+        return min(link, self.network) if self.nodes > 1 else link
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what they go to."""
+
+    products: float
+    passes: float
+    host: float
+    optimizer: float
+    communication: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.passes + self.host + self.optimizer + self.communication
+
+    @property
+    def bottleneck(self) -> str:
+        parts = asdict(self)
+        return max(parts, key=lambda name: parts[name])
+
+
+def step_time(work: Workload, machine: Machine, cluster: Cluster, *, accumulation: int) -> StepTime:
+    """Of an optimizer step with `accumulation` micro-batches such as `work`."""
+    shared = 1 if machine.on_gpu else cluster.per_node  # ranks of a CPU share its cores and its memory
+    all_products = micro_batch(work)
+    products = shared * sum(
+        product.count
+        * machine.product_seconds(
+            product.rows, product.inner, product.outer, product.batch, value_bytes=work.value_bytes
+        )
+        for product in all_products
+    )
+    passes = shared * sum(_passes(block, work, machine) for block in work.blocks)
+    operations = sum(product.count for product in all_products)
+    for block in work.blocks:
+        operations += block.count * FORWARD_OPERATIONS
+        operations += (block.count * BACKWARD_OPERATIONS if block.has_backward else 0) + block.checkpointed * (
+            FORWARD_OPERATIONS
+        )
+    host = operations * machine.operation_seconds
+    if machine.on_gpu:
+        host = max(0.0, host - products - passes)
+    step = machine.step_seconds + work.trained_tensors * machine.tensor_seconds
+    own = work.trained / cluster.ranks
+    optimizer = step + shared * own * OPTIMIZER_BYTES / machine.bandwidth
+    return StepTime(
+        products=accumulation * products,
+        passes=accumulation * passes,
+        host=accumulation * host,
+        optimizer=optimizer,
+        communication=_sent(work, cluster, accumulation) / cluster.slowest(machine.link),
+    )
+
+
+def _sent(work: Workload, cluster: Cluster, accumulation: int) -> float:
+    """Bytes that pass each place of a ring: gradients are reduced to their owners in every micro-batch (ZeRO-2 and 3),
+    then the new weights go to all (ZeRO-2), or all weights do in each forward and backward (ZeRO-3)."""
+    share = (cluster.ranks - 1) / cluster.ranks
+    gradients = accumulation * work.trained * SENT_GRADIENT
+    if work.gathered:
+        return share * (gradients + 2 * accumulation * work.model.weights * SENT_WEIGHT)
+    return share * (gradients + work.trained * SENT_WEIGHT)
+
+
+def _passes(block: Block, work: Workload, machine: Machine) -> float:
+    """Seconds of the element-wise work of `block.count` layers."""
+    each, layers = machine.value_seconds, block.layers
+    # A value's figure is of forward and backward; forward alone is a third.
+    factor = (block.count + block.checkpointed / 3) if block.has_backward else block.count / 3
+    found = (block.rows + block.read) * layers.width * each["norm"]
+    found += block.read * layers.inner * each["swiglu"]
+    moves = 12 * block.rows * layers.width  # residuals, rotary, rows cut into pieces and back
+    found += moves * each["move"]
+    if not work.fused_attention and block.attention.trains:
+        found += block.attention.scores * each["score"]
+    if work.dropout:
+        masked = sum(p.rows * p.inner for p in block.projections if p.ranks)
+        found += masked * each["mask"]
+    return factor * found

@@ -36,6 +36,8 @@ MEMORY_NAMES = {
     "gathered": "gathered layers (ZeRO-3)",
     "activations": "saved activations",
     "working_set": "working set",
+    "loader": "loaded batches",
+    "checkpoint": "a checkpoint written and read back",
     "allocator": "allocator",
 }
 TIME_NAMES = {
@@ -155,7 +157,7 @@ def show(
     )
     console.print(
         f"{facts.model.name}: {facts.model.weights / 1e9:.3g} billion weights, {given.trained / 1e6:.3g} million "
-        f"numbers train; {given.flops / 1e12:.3g} TFLOP a step, {given.recomputed_flops / 1e12:.3g} more computed again",
+        f"numbers train; {given.flops / 1e12:.3g} TFLOP a step, {given.recomputed_flops / 1e12:.3g} more recomputed",
         soft_wrap=True,
     )
     if facts.clips is not None:

@@ -34,8 +34,13 @@ def working_set(work: Workload) -> float:
 
 
 def tower_working_set(work: Workload) -> float:
-    """Bytes of a frozen tower's forward at its worst moment, before anything of the language model is kept."""
-    return max((_working(block, work) for block in work.blocks if block.name == "vision"), default=0.0)
+    """Bytes of the tower's forward at its worst moment: pixels as bytes, as float32 and in the model's dtype, or a
+    block of layers. Of a frozen tower all of it is free again before anything of the language model is kept."""
+    blocks = [block for block in work.blocks if block.name == "vision"]
+    if not blocks:
+        return 0.0
+    pixels = blocks[0].rows * work.model.patch_values * (1 + FLOAT + work.value_bytes)
+    return max(pixels, *(_working(block, work) for block in blocks))
 
 
 def _layer(block: Block, work: Workload) -> float:

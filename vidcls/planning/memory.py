@@ -2,8 +2,8 @@
 
 DeepSpeed 0.19.8 with vidcls's optimizer: trained weights in bf16 on every rank (ZeRO-2) or cut into parts (ZeRO-3);
 float32 masters, Adam's two moments and gradients of a rank's own part; buckets in which gradients are sent. On a GPU
-buckets are taken whole; on a CPU a page costs when it is touched, weights stay mapped from the checkpoint's files
-(ZeRO-2), and of the embedding table a prompt touches next to nothing.
+buckets are taken whole; on a CPU a page costs when it is touched, and weights stay mapped from the checkpoint's files
+(ZeRO-2), which the ranks of a host share.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from vidcls.planning.machines import FRAGMENTATION, Machine
 from vidcls.planning.workload import Workload
 
 FLOAT = 4
+# On a CPU, bytes for each trained number of a checkpoint that is written and read back: a copy of masters, moments and
+# weights, the same once more as the file's bytes, and the weights before and after.
+CHECKPOINT_BYTES = 14 + 14 + 2 + 2
+LOADED_BATCHES = 4  # in memory that the loader shares with a rank of a CPU
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, where a file names none
 DEFAULT_LIVE = 1_000_000_000
 
@@ -33,6 +37,8 @@ class Memory:
     gathered: float
     activations: float
     working_set: float
+    loader: float
+    checkpoint: float
     allocator: float
 
     @property
@@ -59,19 +65,22 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int) -> M
         live += zero.get("stage3_prefetch_bucket_size", 0)
         gathered = size * max(min(live, work.model.weights), work.largest_layer)
     else:
-        if not machine.on_gpu and not work.clips.answers:
-            frozen -= work.model.embedding_weights
         frozen_bytes, trained_bytes = float(frozen * size), float(trained * size)
     states = 0.0 if offloaded else 3 * FLOAT * trained / ranks
     if config.optim.ema_decay is not None and not offloaded:
         states += FLOAT * trained / ranks
     gradients = (0.0 if offloaded else FLOAT * trained / ranks) + bucket * (buckets * size + FLOAT)
     kept, again = activations.kept(work), activations.again(work)
-    working = max(activations.working_set(work), activations.tower_working_set(work) - kept)
-    # Masters of a step's gradients, and a checkpoint's copy, come when activations are gone.
-    copies = 0.0 if machine.on_gpu else (3 * FLOAT + size) * trained / ranks
-    after = max(FLOAT * trained / ranks, copies) - kept - again - working
-    working += max(0.0, after)
+    working, tower = activations.working_set(work), activations.tower_working_set(work)
+    loader = checkpoint = 0.0
+    if machine.on_gpu:
+        working = max(working, tower - kept, FLOAT * trained / ranks - kept)
+    else:
+        # What the C library has freed in small pieces it does not give back, and large ones come on top.
+        working += tower
+        loader = LOADED_BATCHES * work.clips.count * work.clips.pixel_bytes
+        checkpoint = float(CHECKPOINT_BYTES * trained)
+        gathered *= min(ranks, 2)  # a buffer for what comes from others, and what is made of it
     found = Memory(
         base=machine.base_bytes,
         frozen_weights=frozen_bytes,
@@ -81,6 +90,8 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int) -> M
         gathered=gathered,
         activations=kept + again,
         working_set=working,
+        loader=loader,
+        checkpoint=checkpoint,
         allocator=0.0,
     )
     if not machine.on_gpu:

@@ -26,6 +26,11 @@ class Clips:
     text_tokens: int
     answers: int = 0
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Of one clip as it is loaded."""
+        return 3 * self.frames * self.height * self.width
+
     def grid(self, model: Architecture) -> tuple[int, int, int]:
         """Of a clip: steps in time (an odd last frame counts twice), and tokens along height and width."""
         side = model.patch_size * model.merge

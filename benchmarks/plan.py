@@ -130,7 +130,8 @@ def run(case: Case, words: list[str], work: Path) -> tuple[float, int]:
     """Seconds of a step, and peak bytes of the rank that needed most."""
     log, output = work / "train.log", work / "run"
     shutil.rmtree(output, ignore_errors=True)
-    peak, ranks = 0, []
+    peak = 0
+    ranks: list[psutil.Process] = []
     with launched(case.ranks, words, log) as launcher:
         while launcher.poll() is None:
             ranks = ranks if len(ranks) == case.ranks else ranks_below(launcher)

@@ -2,7 +2,7 @@
 
 What is kept follows vidcls/model/{layers,adapters,attention}.py: of layers with LoRA the input, the dropout mask and
 the low-rank output; of SwiGLU its two inputs; of attention queries, keys and values, and where it is written out its
-weights twice, in float32 and in the model's dtype. A frozen tower keeps nothing.
+weights. A frozen tower keeps nothing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _layer(block: Block, work: Workload) -> float:
         has_output = any(p.name in ("o", "proj") and _inputs(p, work) for p in block.projections)
         found += read * attention.heads * FLOAT + (0 if has_output else read * width * size)
     else:
-        found += attention.scores * (FLOAT + (size if size < FLOAT else 0))
+        found += attention.scores * size
     return found + 2 * read * block.layers.inner * size
 
 
@@ -95,6 +95,6 @@ def _working(block: Block, work: Workload) -> float:
     size, layers = work.value_bytes, block.layers
     swiglu = 5 * block.read * layers.inner * size  # two gradients, and the parts of them
     narrow = 4 * block.rows * layers.width * size
-    # Of one kind of pieces at a time: scores in both dtypes, their gradient, the softmax.
-    scores = 0 if work.fused_attention else 3 * block.attention.scores * FLOAT
+    # Of one kind of pieces at a time: gradients of the weights, of the scores, and of the scores before their scale.
+    scores = 0 if work.fused_attention else 3 * block.attention.scores * size
     return max(swiglu, scores) + narrow

@@ -29,7 +29,7 @@ PASS_BYTES = {
     "norm": 36 + 74,
     "swiglu": 10 + 22,
     "mask": 2 + 6 + 6 + 12,
-    "score": 36 + 32,
+    "score": 8 + 12,
     "move": 4,
 }
 

@@ -1,0 +1,106 @@
+"""Facts, memory, time and machines: what must hold whatever the figures are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.planning.models import built, recipe
+from vidcls.options import DEFAULT_PROMPT
+from vidcls.planning.estimate import Estimate, alternatives, estimate, gather_facts
+from vidcls.planning.machines import Machine, Rate, published, read_machine, write_machine
+from vidcls.planning.steptime import Cluster
+
+ALONE = Cluster(1, 1, 1e9)
+
+
+def plan(cluster: Cluster = ALONE, machine: Machine | None = None, **options: object) -> Estimate:
+    config = recipe(model_name_or_path="Qwen2.5-VL-3B", **options)
+    return estimate(config, gather_facts(config), machine or published("h100"), cluster)
+
+
+@pytest.mark.parametrize("prompt", [DEFAULT_PROMPT, "<video> <ACTION>", "Look: <video>\nWhich one? <ACTION>"])
+@pytest.mark.parametrize("template", ["qwen2_vl", "empty"])
+def test_text_is_as_long_as_the_encoder_makes_it(prompt: str, template: str) -> None:
+    config = recipe(prompt=prompt, template=template)
+    from tests.model.test_classifier import CLIPS
+    from vidcls.model.pretrained import build_encoder
+    from vidcls.training.setup import model_spec
+
+    encoder = build_encoder(model_spec(config))
+    frames, height, width, seconds, _ = CLIPS[0]
+    grid = encoder.grid(frames, height, width)
+    found = len(encoder.encode(prompt, grid, seconds)) - encoder.geometry.num_tokens(grid)
+    assert gather_facts(config).clip.text_tokens == found
+
+
+def test_partitions_shrink_with_the_ranks() -> None:
+    alone, many = plan(), plan(Cluster(1, 8, 1e9))
+    assert many.memory.masters_and_moments == alone.memory.masters_and_moments / 8
+    assert many.memory.frozen_weights == alone.memory.frozen_weights
+    three = plan(Cluster(1, 8, 1e9), deepspeed="ds_configs/zero3.json")
+    assert three.memory.frozen_weights == alone.memory.frozen_weights / 8
+    assert three.memory.gathered > 0
+    assert three.step.communication > many.step.communication > alone.step.communication == 0
+
+
+def test_full_tuning_takes_16_bytes_a_trained_number_and_more() -> None:
+    """bf16 weight, float32 master and moments, float32 gradient (ZeRO paper, arXiv 1910.02054, with our fp32 sums)."""
+    found = plan(finetuning_type="full")
+    states = found.memory.trained_weights + found.memory.masters_and_moments + found.memory.gradients
+    assert states == pytest.approx(18 * found.trained, rel=0.02)
+    assert found.trained == pytest.approx(3.086e9, rel=0.01)  # the 3B's layers
+
+
+def test_a_slow_network_costs() -> None:
+    fast, slow = (plan(Cluster(2, 8, speed), deepspeed="ds_configs/zero3.json") for speed in (50e9, 1e9))
+    assert slow.step.communication == pytest.approx(50 * fast.step.communication)
+    assert slow.step.bottleneck == "communication"
+
+
+def test_checkpointing_trades_time_for_memory() -> None:
+    config = recipe(model_name_or_path="Qwen2.5-VL-3B", per_device_train_batch_size=8)
+    with_, without = (
+        estimate(each, gather_facts(each), published("h100"), ALONE)
+        for each in (recipe(**{**config.flat(), "gradient_checkpointing": on}) for on in (True, False))
+    )
+    assert with_.memory.activations < without.memory.activations / 5
+    assert with_.step.total > without.step.total
+    assert with_.flops == without.flops
+    assert without.recomputed_flops == 0
+
+
+def test_the_fastest_that_fits_is_first() -> None:
+    config = recipe(model_name_or_path="Qwen2.5-VL-7B", train_batch_size=64, per_device_train_batch_size=8)
+    small = replace(published("h100"), memory=24e9)
+    ways = alternatives(config, gather_facts(config), small, Cluster(1, 2, 1e9))
+    assert [way.fits for way in ways] == sorted((way.fits for way in ways), reverse=True)
+    fitting = [way.step.total for way in ways if way.fits]
+    assert fitting == sorted(fitting)
+    assert all(way.plan.global_ == 64 for way in ways)
+
+
+def test_a_rate_lies_between_those_that_were_measured(tmp_path: Path) -> None:
+    rates = (Rate(4, 100, 1e9), Rate(64, 100, 3e9), Rate(4, 10000, 5e9), Rate(64, 10000, 7e9))
+    machine = replace(published("h100"), rates=rates, value_seconds={**published("h100").value_seconds, "move": 1e-30})
+
+    def rate(rows: int, inner: int, outer: int) -> float:
+        return 2 * rows * inner * outer / machine.product_seconds(rows, inner, outer, 1, value_bytes=2)
+
+    assert rate(4, 10, 10) == pytest.approx(1e9)
+    assert rate(16, 10, 10) == pytest.approx(2e9)  # halfway in the logarithm
+    assert rate(16, 10, 100) == pytest.approx(4e9)
+    assert rate(1000, 1000, 1000) == pytest.approx(7e9)  # the nearest beyond the ends
+    write_machine(machine, tmp_path / "machine.json")
+    assert read_machine(tmp_path / "machine.json") == machine
+
+
+def test_planned_sizes_are_those_of_a_real_batch() -> None:
+    config = recipe()
+    _, inputs = built(config)
+    facts = gather_facts(config, frames=8)
+    clip = replace(facts.clip, height=112, width=140)
+    assert clip.length(facts.model) == inputs[2][0]
+    assert clip.pixel_bytes * 3 == len(inputs[0])

@@ -142,7 +142,7 @@ def test_published_shapes_get_a_tokenizer_with_published_ids(tmp_path: Path, mon
 def test_mistakes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="is not empty"):
         tool.write_checkpoint(folder, "tiny")
-    with pytest.raises(ValueError, match=r"legal: tiny \| tiny-untied \| 3b \| 7b \| 32b \| 72b"):
+    with pytest.raises(ValueError, match=r"legal: tiny \| tiny-untied \| mid \| 3b \| 7b \| 32b \| 72b"):
         tool.write_checkpoint(tmp_path / "new", "14b")
     with pytest.raises(ValueError, match=r"layout is 'odd'; legal: old \| new \| base"):
         tool.write_checkpoint(tmp_path / "new", "tiny", layout="odd")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from vidcls.planning.machines import (
     Machine,
     Rate,
 )
+from vidcls.planning.overhead import small_step
 
 ROWS = (4, 64, 256, 512, 1024, 2048)
 WEIGHTS = ((256, 256), (256, 1024), (1024, 2048), (2048, 4096), (2048, 11008))
@@ -36,7 +36,6 @@ COLD_BYTES = 128 << 20
 LEAST_SECONDS = 0.06  # of one figure, at least
 VALUES = (844, 5504)
 SCORES = (4, 16, 211, 211)
-OPERATIONS = 100
 MEMORY_LINK = 4e9  # bytes a second between ranks of one host without accelerators: through shared memory
 # A rank imports these; what torch's compiled operations and DeepSpeed's buffers take comes on top.
 IMPORTS = "import torch, deepspeed, peft, transformers, vidcls.model.pretrained, psutil"
@@ -55,7 +54,7 @@ def measure() -> Machine:
         peak=max(rate.flops for rate in rates),
         rates=rates,
         value_seconds=_value_seconds(device, dtype),
-        operation_seconds=_operation_seconds(device),
+        operation_seconds=_operation_seconds(device, dtype),
         step_seconds=STEP_SECONDS,
         tensor_seconds=TENSOR_SECONDS,
         link=MEMORY_LINK if not on_gpu else 32e9 * LINK_EFFICIENCY,
@@ -73,7 +72,7 @@ def _rates(device: torch.device, dtype: torch.dtype) -> Iterator[Rate]:
         weights = cycle([torch.randn(outer, inner, device=device).to(dtype) for _ in range(min(copies, 64))])
         for rows in ROWS:
             x = torch.randn(rows, inner, device=device).to(dtype)
-            seconds = _usual(partial(_multiply, x, weights))
+            seconds = _seconds(partial(_multiply, x, weights))
             yield Rate(rows, inner * outer, 2.0 * rows * inner * outer / seconds)
 
 
@@ -117,35 +116,27 @@ def _value_seconds(device: torch.device, dtype: torch.dtype) -> dict[str, float]
         torch.autograd.grad(weights, scores, scores.detach())[0] * 0.1
 
     found = {"norm": norm, "swiglu": swiglu, "mask": mask, "move": move}
-    return {name: _usual(function) / count for name, function in found.items()} | {
-        "score": _usual(score) / math.prod(SCORES)
+    return {name: _seconds(function) / count for name, function in found.items()} | {
+        "score": _seconds(score) / math.prod(SCORES)
     }
 
 
-def _operation_seconds(device: torch.device) -> float:
-    """Of one operation on a few numbers with its share of a backward."""
-    x = torch.ones(8, device=device, requires_grad=True)
-
-    def chain() -> None:
-        y = x
-        for _ in range(OPERATIONS):
-            y = y * 1.0
-        y.sum().backward()
-
-    return _usual(chain) / (2 * OPERATIONS)
+def _operation_seconds(device: torch.device, dtype: torch.dtype) -> float:
+    step, operations = small_step(device, dtype)
+    return _seconds(step) / operations
 
 
-def _usual(function: Callable[[], None]) -> float:
-    """Seconds of a call: the median of several after one that does not count."""
+def _seconds(function: Callable[[], None]) -> float:
+    """Of a call: the fastest of several after one that does not count, since whatever else runs only adds."""
     function()
     times: list[float] = []
-    while len(times) < 3 or sum(times) < LEAST_SECONDS:
+    while len(times) < 5 or sum(times) < LEAST_SECONDS:
         distributed.synchronize()
         start = time.perf_counter()
         function()
         distributed.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def _imported_bytes() -> float:

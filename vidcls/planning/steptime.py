@@ -12,8 +12,8 @@ from vidcls.planning.flops import micro_batch
 from vidcls.planning.machines import Machine
 from vidcls.planning.workload import Block, Workload
 
-# Operations that the host starts for a layer, forward and backward of it; products not counted.
-FORWARD_OPERATIONS, BACKWARD_OPERATIONS = 40, 45
+# Operations that the host starts for a layer, forward and backward of it, and around all layers; products not counted.
+FORWARD_OPERATIONS, BACKWARD_OPERATIONS, AROUND_OPERATIONS = 60, 55, 80
 OPTIMIZER_BYTES = 40  # of a trained number: gradient, master and moments read and written, norm and clipping
 SENT_GRADIENT, SENT_WEIGHT = 4, 2  # communication_data_type fp32; bf16
 
@@ -69,13 +69,7 @@ def step_time(work: Workload, machine: Machine, cluster: Cluster, *, accumulatio
         for product in all_products
     )
     passes = shared * sum(_passes(block, work, machine) for block in work.blocks)
-    operations = sum(product.count for product in all_products)
-    for block in work.blocks:
-        operations += block.count * FORWARD_OPERATIONS
-        operations += (block.count * BACKWARD_OPERATIONS if block.has_backward else 0) + block.checkpointed * (
-            FORWARD_OPERATIONS
-        )
-    host = operations * machine.operation_seconds
+    host = operations(work) * machine.operation_seconds
     if machine.on_gpu:
         host = max(0.0, host - products - passes)
     step = machine.step_seconds + work.trained_tensors * machine.tensor_seconds
@@ -88,6 +82,15 @@ def step_time(work: Workload, machine: Machine, cluster: Cluster, *, accumulatio
         optimizer=optimizer,
         communication=_sent(work, cluster, accumulation) / cluster.slowest(machine.link),
     )
+
+
+def operations(work: Workload) -> float:
+    """How many the host starts for a micro-batch."""
+    found = AROUND_OPERATIONS + sum(product.count for product in micro_batch(work))
+    for block in work.blocks:
+        found += (block.count + block.checkpointed) * FORWARD_OPERATIONS
+        found += block.count * BACKWARD_OPERATIONS if block.has_backward else 0
+    return found
 
 
 def _sent(work: Workload, cluster: Cluster, accumulation: int) -> float:

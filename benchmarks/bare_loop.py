@@ -48,9 +48,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(function).split(".")[1].rstrip("_")
-        if name in ("mm", "addmm", "bmm"):
-            pair = args[-2:] if name != "addmm" else args[1:3]
-            self.counts[name, tuple(tuple(t.shape) for t in pair)] += 1
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            pair = args[1:3] if "add" in name else args[:2]
+            self.counts[name.replace("badd", ""), tuple(tuple(t.shape) for t in pair)] += 1
         return function(*args, **(kwargs or {}))
 
     @property

@@ -72,6 +72,12 @@ def test_checkpointing_trades_time_for_memory() -> None:
     assert without.recomputed_flops == 0
 
 
+def test_a_token_budget_divides_the_step() -> None:
+    options = {"train_batch_size": 10, "per_device_train_batch_size": None, "max_tokens_per_batch": 600}
+    found = plan(**options)  # 16 frames of 112x112 and some text: 154 tokens a clip
+    assert (found.plan.micro, found.plan.accumulation, found.plan.global_) == (3, 4, 10)
+
+
 def test_the_fastest_that_fits_is_first() -> None:
     config = recipe(model_name_or_path="Qwen2.5-VL-7B", train_batch_size=64, per_device_train_batch_size=8)
     small = replace(published("h100"), memory=24e9)

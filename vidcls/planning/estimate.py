@@ -160,6 +160,9 @@ def estimate(config: Config, facts: Facts, machine: Machine, cluster: Cluster) -
     """The recipe as it is. Raises ConfigError when its batch sizes do not go with so many ranks."""
     plan = batch_plan(config.optim, cluster.ranks)
     assert plan is not None
+    if (most := config.optim.max_tokens_per_batch) is not None:
+        micro = min(plan.micro, max(1, most // facts.clip.length(facts.model)))
+        plan = BatchPlan(micro, -(-plan.micro // micro), plan.global_)
     return _estimate(config, facts, machine, cluster, plan)
 
 

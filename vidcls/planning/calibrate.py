@@ -32,6 +32,7 @@ from vidcls.planning.overhead import small_step
 
 ROWS = (4, 64, 256, 512, 1024, 2048)
 WEIGHTS = ((256, 256), (256, 1024), (1024, 2048), (2048, 4096), (2048, 11008))
+WARM_UP_SECONDS = 2.0  # threads and clocks
 COLD_BYTES = 128 << 20
 LEAST_SECONDS = 0.06  # of one figure, at least
 VALUES = (844, 5504)
@@ -67,6 +68,9 @@ def measure() -> Machine:
 
 
 def _rates(device: torch.device, dtype: torch.dtype) -> Iterator[Rate]:
+    square, until = torch.randn(1024, 1024, device=device).to(dtype), time.perf_counter() + WARM_UP_SECONDS
+    while time.perf_counter() < until:
+        square @ square
     for inner, outer in WEIGHTS:
         copies = max(2, COLD_BYTES // (2 * inner * outer))
         weights = cycle([torch.randn(outer, inner, device=device).to(dtype) for _ in range(min(copies, 64))])

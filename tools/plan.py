@@ -136,6 +136,10 @@ def parts(title: str, names: Mapping[str, str], values: Mapping[str, float], uni
     return table
 
 
+def yaml_word(value: str | bool | int | None) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
@@ -195,7 +199,7 @@ def show(
         )
     console.print(table)
     if ways[0].fits:
-        words = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in ways[0].settings().items())
+        words = (f"{key}={yaml_word(value)}" for key, value in ways[0].settings().items())
         console.print(f"fastest: {' '.join(words)}", soft_wrap=True)
     console.print("assumed:")
     for line in assumed:

@@ -67,6 +67,7 @@ class Estimate:
             "gradient_checkpointing": self.checkpointing,
             "per_device_train_batch_size": self.plan.micro,
             "gradient_accumulation_steps": self.plan.accumulation,
+            "max_tokens_per_batch": None,
         }
 
 

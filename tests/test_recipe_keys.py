@@ -47,7 +47,7 @@ COMMAND, RESUME, CONFIG = "tests/test_train_command.py", "tests/test_resume.py",
 OPTIMIZER, EVALUATING = "tests/training/test_optimizer.py", "tests/training/test_evaluating.py"
 FAULTS, LIMITS = "tests/test_faults_command.py", "tests/faults/test_guard.py::test_limits_are_those_of_the_recipe"
 PARITY, BAD = "tests/training/test_parity.py", "tests/training/test_bad_samples.py"
-BUDGET = "tests/training/test_token_budget.py"
+BUDGET, MICRO = "tests/training/test_token_budget.py", "tests/training/test_micro_batch.py"
 TESTED: dict[str, str] = {
     "model_name_or_path": f"{HERE}::test_model_name_or_path",
     "adapter_name_or_path": f"{HERE}::test_adapter_name_or_path",
@@ -109,6 +109,7 @@ TESTED: dict[str, str] = {
     "gradient_accumulation_steps": f"{CONFIG}::test_two_of_the_batch_triple_give_the_third",
     "train_batch_size": f"{CONFIG}::test_two_of_the_batch_triple_give_the_third",
     "max_tokens_per_batch": f"{BUDGET}::test_losses_and_gradient_norms",
+    "memory_limit": f"{MICRO}::test_limits_that_allow_all_one_and_none",
     "learning_rate": f"{OPTIMIZER}::test_some_rates_by_hand",
     "vision_lr_scale": f"{OPTIMIZER}::test_each_part_has_its_own_rate",
     "merger_lr_scale": f"{OPTIMIZER}::test_each_part_has_its_own_rate",

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from instrumented_train import after_each_step
+
 ROOT = Path(__file__).resolve().parents[1]
 INTERFACE = Path("/sys/class/net/eth0/statistics")
 # Collective -> the argument whose bytes are its payload: the whole tensor, of all ranks.
@@ -102,30 +104,22 @@ def instrument(counter: Counter) -> None:
     import torch
     from torch.distributed import distributed_c10d
 
-    from vidcls.training import loop
-
     for name in PAYLOADS:
         counted = counter.around(name, getattr(distributed_c10d, name))
         setattr(distributed_c10d, name, counted)  # where collectives of objects look for it
         setattr(torch.distributed, name, counted)
-    train_step = loop.train_step
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        result = train_step(*args, **kwargs)
-        counter.end_step()
-        return result
-
-    loop.train_step = step
+    after_each_step(counter.end_step)
 
 
 def main() -> None:
-    from vidcls.command import command_arguments
+    from vidcls.command import command_arguments, heavy_imports
     from vidcls.config import load_config
 
     words = command_arguments()
     output = Path(load_config(words[0], words[1:]).run.output_dir)
     counter = Counter()
-    instrument(counter)
+    with heavy_imports():  # as launch/train.py has them
+        instrument(counter)
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
     rank = os.environ.get("RANK", "0")
     (output / f"traffic-{rank}.json").write_text(json.dumps(counter.steps), encoding="utf-8")

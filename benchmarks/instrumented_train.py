@@ -66,7 +66,6 @@ def instrument(clock: Clock) -> None:
     from vidcls.data.batch import Batch
     from vidcls.data.reading import BatchReader
     from vidcls.model.classifier import ActionClassifier
-    from vidcls.training import loop
     from vidcls.training.engine import Engine
 
     def wrap(owner: Any, name: str, part: str) -> None:
@@ -80,11 +79,17 @@ def instrument(clock: Clock) -> None:
     wrap(Engine, "step", "optimizer")
     for name in ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast"):
         wrap(torch.distributed, name, "communication")
+    after_each_step(clock.end_step)
+
+
+def after_each_step(done: Callable[[], None]) -> None:
+    from vidcls.training import loop
+
     train_step = loop.train_step
 
     def step(*args: Any, **kwargs: Any) -> Any:
         result = train_step(*args, **kwargs)
-        clock.end_step()
+        done()
         return result
 
     loop.train_step = step
@@ -107,17 +112,18 @@ def take_turns(steps: int) -> Turns:
 
 
 def main() -> None:
-    from vidcls.command import command_arguments
+    from vidcls.command import command_arguments, heavy_imports
     from vidcls.config import load_config
 
     words = command_arguments()
     config = load_config(words[0], words[1:])
     name, clock, turns = PARTS_NAME, Clock(), None
-    if PLACE in os.environ:
-        assert config.optim.max_steps is not None
-        name, turns = TURNS_NAME, take_turns(config.optim.max_steps)
-    else:
-        instrument(clock)
+    with heavy_imports():  # as launch/train.py has them
+        if PLACE in os.environ:
+            assert config.optim.max_steps is not None
+            name, turns = TURNS_NAME, take_turns(config.optim.max_steps)
+        else:
+            instrument(clock)
     runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
     if os.environ.get("RANK", "0") == "0":
         found: Any = clock.steps if turns is None else turns.seconds

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,6 +52,8 @@ def logged_rows(output_dir: Path) -> list[dict]:
 @contextlib.contextmanager
 def session(command: Sequence[object], log: Path, **environment: str) -> Iterator[psutil.Popen]:
     """A command that leads a session of its own, its output in `log`; nothing of the session is left behind."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends what was started, too
     words = [str(word) for word in command]
     with log.open("w") as file:
         leader = psutil.Popen(

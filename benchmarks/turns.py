@@ -53,10 +53,9 @@ class Turns:
 
     def _pass_on(self, folder: Path, *, ended: bool, last: bool) -> None:
         round_ = len(self.seconds) * self._contestants  # the first turn of the round that comes now
+        sign = f"taken-{round_ - self._contestants + self._number}" if ended else f"ready-{self._number}"
         if os.environ.get("RANK", "0") == "0":
-            (
-                folder / (f"taken-{round_ - self._contestants + self._number}" if ended else f"ready-{self._number}")
-            ).touch()
+            (folder / sign).touch()
         if not ended:
             _wait(lambda: len(list(folder.glob("ready-*"))) == self._contestants)
         before = round_ - 1 if last else round_ + self._number - 1

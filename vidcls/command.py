@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from vidcls.faults.exits import Exit
 from vidcls.faults.processes import hosts_of_launch
 
+SPIN_COUNT = "10000"
 # torch, peft and transformers tell each other of names they will drop: on every rank, and no user can act on it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers)\b")
 
@@ -28,7 +29,13 @@ def heavy_imports() -> Iterator[None]:
 
     Looking for some costs a second of every start, and again later whenever Python collects its oldest generation,
     between the steps of a training.
+
+    On a CPU torch's threads wait for each other awake, for libgomp's 300,000 looks: some 10 ms, in which whoever they
+    wait for, or a loader's worker, may want the core. Fewer looks are as good where nothing else runs
+    (docs/performance.md). libgomp reads this when torch loads it; settings of the user's own win.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     gc.disable()
     try:
         yield

@@ -15,6 +15,7 @@ VIDEO_TAG = "<video>"
 DEFAULT_CACHE_GB = 50
 DEFAULT_MEMORY_LIMIT = 0.9
 AUTO = "auto"
+ATTENTION_SIZE = 512  # of an attention head, where the hidden size is not smaller
 DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
 DEFAULT_NAME = "default"
 

@@ -6,6 +6,7 @@ order stays. Only where its micro-batches end depends on how long the clips are.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vidcls.data.joint import JointOrder
+
+STEPS_KEPT = 64  # the loader asks for a step some steps before it is taken
 
 
 def parts_needed(tokens: Sequence[int], limit: int) -> int:
@@ -68,6 +71,7 @@ class BudgetLayout:
         assert self.global_batch % self.world_size == 0, (self.global_batch, self.world_size)
         assert 0 <= self.rank < self.world_size, (self.rank, self.world_size)
 
+    @functools.lru_cache(maxsize=STEPS_KEPT)  # noqa: B019 - one layout lives as long as the run
     def micro_batches(self, step: int) -> list[range]:
         """Stream positions of each of this rank's micro-batches of optimizer step `step`."""
         share = self.global_batch // self.world_size

@@ -15,12 +15,12 @@ from torch import nn
 
 from vidcls.model.attentive_classifier import AttentiveClassifier
 from vidcls.model.stored import differing_shapes, read_tensors
+from vidcls.options import ATTENTION_SIZE
 
 WEIGHTS_NAME = "action_decoder.safetensors"
 CONFIG_NAME = "action_decoder_config.json"
 INIT_STD = 0.02
 INITS = ("normal", "zeros")
-ATTENTION_SIZE = 512
 ATTENTION_HEADS = 8
 
 

@@ -94,13 +94,14 @@ def operations(work: Workload) -> float:
 
 
 def _sent(work: Workload, cluster: Cluster, accumulation: int) -> float:
-    """Bytes that pass each place of a ring: gradients are reduced to their owners in every micro-batch (ZeRO-2 and 3),
-    then the new weights go to all (ZeRO-2), or all weights do in each forward and backward (ZeRO-3)."""
+    """Bytes that pass each place of a ring. In every micro-batch gradients are reduced to their owners (ZeRO-3), or to
+    all, which is twice as much (ZeRO-2 as DeepSpeed does it); then the new weights go to all (ZeRO-2), or all weights
+    do in each forward and backward (ZeRO-3)."""
     share = (cluster.ranks - 1) / cluster.ranks
     gradients = accumulation * work.trained * SENT_GRADIENT
     if work.gathered:
         return share * (gradients + 2 * accumulation * work.model.weights * SENT_WEIGHT)
-    return share * (gradients + work.trained * SENT_WEIGHT)
+    return share * (2 * gradients + work.trained * SENT_WEIGHT)
 
 
 def _passes(block: Block, work: Workload, machine: Machine) -> float:

@@ -9,9 +9,9 @@ from typing import Literal
 
 from vidcls.config import Config
 from vidcls.model.shapes import Architecture, Layers
+from vidcls.options import ATTENTION_SIZE
 
 Tuning = Literal["frozen", "lora", "full"]
-ATTENTION_SIZE, ATTENTION_HEADS = 512, 8  # of the attention head, as model/heads.py has them
 
 
 @dataclass(frozen=True)

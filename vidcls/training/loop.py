@@ -15,7 +15,9 @@ import torch
 
 from vidcls import distributed
 from vidcls.command import user_errors
+from vidcls.data.budget import BudgetLayout
 from vidcls.data.loader import training_requests
+from vidcls.data.order import StepLayout
 from vidcls.data.reading import BatchReader, read_batches
 from vidcls.faults import guard
 from vidcls.faults.causes import DivergedError
@@ -46,11 +48,12 @@ def train(run: Run) -> Outcome:
         with user_errors():  # too little memory is one, and the same on all ranks
             plan, chosen = choose(run, engine)
         run = replace(run, plan=plan)
-        batches = _batches(run)
+        layout = run.layout()
+        batches = _batches(run, layout)
     else:
-        batches = _batches(run)  # workers start while the model is built
+        layout = run.layout()
+        batches = _batches(run, layout)  # workers start while the model is built
         engine, average = build(run)
-    layout = run.layout()
     if not config.run.do_train:
         if distributed.is_main():
             lines = [*summary(run, engine.module), *([chosen] if chosen else [])]
@@ -165,12 +168,12 @@ def train(run: Run) -> Outcome:
     return outcome
 
 
-def _batches(run: Run) -> BatchReader:
+def _batches(run: Run, layout: StepLayout | BudgetLayout) -> BatchReader:
     """This rank's micro-batches, from the run's first step to its last."""
     data, options = run.config.data, run.config.run
     return read_batches(
         run.clips,
-        training_requests(run.data.order, run.layout(), run.start.step, run.steps),
+        training_requests(run.data.order, layout, run.start.step, run.steps),
         workers=data.dataloader_num_workers if options.do_train else 0,
         pin=distributed.device().type != "cpu",
         seconds=options.data_timeout,

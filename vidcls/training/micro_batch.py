@@ -22,6 +22,7 @@ from vidcls.config import BatchPlan, Config, ConfigError
 from vidcls.data.batch import ClipShape
 from vidcls.data.loader import ClipBatches, Request
 from vidcls.faults import guard
+from vidcls.planning.memory import DEFAULT_BUCKET
 from vidcls.training.engine import Engine
 from vidcls.training.masters import is_stage3, trainable
 from vidcls.training.memory import rank_memory
@@ -29,7 +30,6 @@ from vidcls.training.objective import Objective
 from vidcls.training.setup import Run
 
 MARGIN = 0.1  # more than in proportion, of what further clips may need
-BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size where the file has none
 
 
 @dataclass
@@ -158,7 +158,7 @@ class _Trial:
 def step_bytes(config: Config, trained: int) -> int:
     """What a step holds beside activations and the parameters' own gradients: two fp32 buckets of gradients, one filled
     while the other is reduced, and this rank's part of all gradients, accumulated and as the optimizer takes it."""
-    bucket = config.zero["zero_optimization"].get("reduce_bucket_size", BUCKET)
+    bucket = config.zero["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET)
     return 4 * (2 * min(int(bucket), trained) + 2 * math.ceil(trained / distributed.world_size()))
 
 

@@ -36,7 +36,8 @@ WARM_UP = 2  # steps: the second one still meets fresh memory
 IN_MEMORY = 4  # micro-batches that are read before the clock starts, and then go round
 PEAK_ROWS = (512, 1024, 2048, 4096)
 REPEATS = 3
-Product = tuple[str, tuple[tuple[int, ...], ...]]  # kind, shapes
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape, strides
+Product = tuple[str, tuple[Layout, ...]]  # kind, and its two operands
 
 
 class Products(TorchDispatchMode):
@@ -50,7 +51,7 @@ class Products(TorchDispatchMode):
         name = str(function).split(".")[1].rstrip("_")
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             pair = args[1:3] if "add" in name else args[:2]
-            self.counts[name.replace("badd", ""), tuple(tuple(t.shape) for t in pair)] += 1
+            self.counts[name.replace("badd", ""), tuple((tuple(t.shape), t.stride()) for t in pair)] += 1
         return function(*args, **(kwargs or {}))
 
     @property
@@ -60,7 +61,7 @@ class Products(TorchDispatchMode):
 
 def flops(product: Product) -> float:
     """2 per multiply-add."""
-    left, right = product[1]
+    (left, _), (right, _) = product[1]
     batch = left[0] if product[0] == "bmm" else 1
     return 2.0 * batch * left[-2] * left[-1] * right[-1]
 
@@ -118,8 +119,11 @@ def peak(width: int, wide: int, dtype: torch.dtype) -> float:
 def products_alone(products: Products, dtype: torch.dtype) -> float:
     """Seconds of a step's products when each kind runs by itself."""
     total = 0.0
-    for (kind, shapes), count in products.counts.items():
-        left, right = (torch.randn(shape, device=distributed.device()).to(dtype) for shape in shapes)
+    device = distributed.device()
+    for (kind, layouts), count in products.counts.items():
+        left, right = (
+            torch.empty_strided(shape, strides, device=device, dtype=dtype).normal_() for shape, strides in layouts
+        )
         multiply = torch.bmm if kind == "bmm" else torch.mm
         total += count * usually(partial(multiply, left, right))
     return total

@@ -30,7 +30,7 @@ from rounds import Spread, table
 Better = Literal["more", "less"]
 Figures = dict[str, tuple[Spread, Better | None]]
 
-CONDITIONS = {"conditions", "machine", "cores", "load_average", "versions"}
+CONDITIONS = {"conditions", "machine", "cpu", "cores", "load_average", "versions"}
 OPTIONS = {"options", "command", "recipe", "recipes", "settings", "frame_size"}
 NAMES = ("name", "what", "interval", "every")  # fields that tell the objects of a list apart
 MORE = re.compile(r"per_second|clips/s|rates?\b|goodput|useful")

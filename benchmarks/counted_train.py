@@ -31,6 +31,7 @@ PAYLOADS = {
     "all_gather_into_tensor": "output_tensor",
     "reduce_scatter": "input_list",
     "reduce_scatter_tensor": "input",
+    "all_to_all_single": "input",
 }
 
 

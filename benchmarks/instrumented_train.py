@@ -22,6 +22,15 @@ from turns import PLACE, Turns
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS_NAME, TURNS_NAME = "parts.json", "turns.json"
+COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "all_to_all_single",
+)
 WARM_UP = 3  # steps that do not count: the self-check looks at them
 
 
@@ -77,7 +86,7 @@ def instrument(clock: Clock) -> None:
     wrap(Engine, "forward", "language forward")
     wrap(Engine, "backward", "backward")
     wrap(Engine, "step", "optimizer")
-    for name in ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "broadcast"):
+    for name in COLLECTIVES:
         wrap(torch.distributed, name, "communication")
     after_each_step(clock.end_step)
 

@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,36 +181,47 @@ def show(found: list[Compared]) -> None:
         )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="DIR", help="a real checkpoint, for the cases named so")
     parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES], help="these cases")
     parser.add_argument("--machine", type=Path, metavar="FILE", help="an earlier calibration")
-    args = parser.parse_args()
+    return parser
+
+
+def measure(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, show: Callable[[list[Compared]], None]
+) -> tuple[Machine, list[Compared]]:
+    """All cases that `args` ask for; each is shown when it is done."""
     cases = [case for case in CASES if case.model == MID or args.model]
     cases = [case for case in cases if args.only is None or case.name in args.only]
     if not cases:
         parser.error("--only: cases that are named real need --model")
     with tempfile.TemporaryDirectory(prefix="plan_") as folder:
         work = Path(folder)
-        try:
-            tool("make_random_checkpoint.py", "--shape", "mid", "--out", work / "mid")
-            motion_shards(work, per_class=8, frames=FRAMES, size=SIZE)
-            if args.machine is None:
-                tool("plan.py", "--calibrate", work / "machine.json")
-            machine = read_machine(args.machine or work / "machine.json")
-            found = []
-            for case in cases:
-                found.append(compare(case, work / "mid" if case.model == MID else args.model, work, machine))
-                show(found[-1:])
-        except (RuntimeError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        tool("make_random_checkpoint.py", "--shape", "mid", "--out", work / "mid")
+        motion_shards(work, per_class=8, frames=FRAMES, size=SIZE)
+        if args.machine is None:
+            tool("plan.py", "--calibrate", work / "machine.json")
+        machine = read_machine(args.machine or work / "machine.json")
+        found = []
+        for case in cases:
+            found.append(compare(case, work / "mid" if case.model == MID else args.model, work, machine))
+            show(found[-1:])
+    return machine, found
+
+
+def main() -> int:
+    parser = options(__doc__)
+    args = parser.parse_args()
+    try:
+        machine, found = measure(parser, args, show)
+    except (RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     show(found)
-    write_json(
-        RESULTS / "plan.json",
-        {"conditions": conditions("torch", "deepspeed"), "machine": asdict(machine), "cases": found},
-    )
+    result = {"conditions": conditions("torch", "deepspeed"), "machine": asdict(machine), "cases": found}
+    write_json(RESULTS / "plan.json", result)
     return 0
 
 

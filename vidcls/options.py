@@ -16,6 +16,7 @@ DEFAULT_CACHE_GB = 50
 DEFAULT_MEMORY_LIMIT = 0.9
 AUTO = "auto"
 ATTENTION_SIZE = 512  # of an attention head, where the hidden size is not smaller
+EXCHANGING_RANKS = 2  # of a host among several: with more, training/reduction.py leaves gradients to DeepSpeed
 DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
 DEFAULT_NAME = "default"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from vidcls.options import EXCHANGING_RANKS
 from vidcls.planning.flops import micro_batch
 from vidcls.planning.machines import Machine
 from vidcls.planning.workload import Block, Workload
@@ -29,6 +30,11 @@ class Cluster:
     @property
     def ranks(self) -> int:
         return self.nodes * self.per_node
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether training/reduction.py has gloo carry gradients to their owners alone."""
+        return self.nodes == 1 or self.per_node <= EXCHANGING_RANKS
 
     def slowest(self, link: float) -> float:
         """Bytes a second of a ring through all ranks."""
@@ -80,7 +86,8 @@ def step_time(work: Workload, machine: Machine, cluster: Cluster, *, accumulatio
         passes=accumulation * passes,
         host=accumulation * host,
         optimizer=optimizer,
-        communication=_sent(work, cluster, accumulation) / cluster.slowest(machine.link),
+        communication=_sent(work, cluster, accumulation, once=not machine.on_gpu and cluster.exchanges)
+        / cluster.slowest(machine.link),
     )
 
 
@@ -93,15 +100,15 @@ def operations(work: Workload) -> float:
     return found
 
 
-def _sent(work: Workload, cluster: Cluster, accumulation: int) -> float:
-    """Bytes that pass each place of a ring. In every micro-batch gradients are reduced to their owners (ZeRO-3), or to
-    all, which is twice as much (ZeRO-2 as DeepSpeed does it); then the new weights go to all (ZeRO-2), or all weights
-    do in each forward and backward (ZeRO-3)."""
+def _sent(work: Workload, cluster: Cluster, accumulation: int, *, once: bool) -> float:
+    """Bytes that pass each place of a ring. In every micro-batch gradients are reduced to their owners (ZeRO-3, and
+    ZeRO-2 where it sends them `once`), or to all, which is twice as much (ZeRO-2 as DeepSpeed does it); then the new
+    weights go to all (ZeRO-2), or all weights do in each forward and backward (ZeRO-3)."""
     share = (cluster.ranks - 1) / cluster.ranks
     gradients = accumulation * work.trained * SENT_GRADIENT
     if work.gathered:
         return share * (gradients + 2 * accumulation * work.model.weights * SENT_WEIGHT)
-    return share * (2 * gradients + work.trained * SENT_WEIGHT)
+    return share * ((1 if once else 2) * gradients + work.trained * SENT_WEIGHT)
 
 
 def _passes(block: Block, work: Workload, machine: Machine) -> float:

@@ -22,6 +22,7 @@ from vidcls.faults import guard
 from vidcls.training.objective import Objective, Tally
 from vidcls.training.optimizer import build_adam, parameter_groups, set_learning_rate
 from vidcls.training.partitioning import keep_shared
+from vidcls.training.reduction import reduce_to_owners
 
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
@@ -49,6 +50,7 @@ def build_engine(config: Config, model: nn.Module, plan: BatchPlan) -> Engine:
     keep_shared(model)
     _import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
+    reduce_to_owners(engine)
     return engine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -25,19 +26,21 @@ def digest(tensor: torch.Tensor) -> torch.Tensor:
     words = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
     if size < 4 and flat.nbytes % 4 == 0 and flat.storage_offset() * size % 4 == 0:
         words = flat.view(torch.int32)
-    factors = _factors(min(CHUNK, max(1, words.numel())), flat.device)
-    # A dot product in int64 keeps one temporary of a chunk's size; on GPUs there is none for whole numbers.
-    on_cpu = flat.device.type == "cpu"
-    sums = [
-        torch.dot(part.long(), factors[: len(part)]) if on_cpu else (part.long() * factors[: len(part)]).sum()
-        for part in words.split(CHUNK)
-    ]
-    return torch.stack(sums).cpu()
+    factors = _factors(flat.device)
+    # One temporary for all chunks: of fresh ones glibc may keep as many as there are, between the small results.
+    wide = torch.empty(min(CHUNK, words.numel()), dtype=torch.int64, device=flat.device)
+    sums = torch.zeros(max(1, -(-words.numel() // CHUNK)), dtype=torch.int64, device=flat.device)
+    for number, part in enumerate(words.split(CHUNK)):
+        own, times = wide[: len(part)].copy_(part), factors[: len(part)]
+        # On GPUs there is no dot product of whole numbers.
+        sums[number] = torch.dot(own, times) if flat.device.type == "cpu" else own.mul_(times).sum()
+    return sums.cpu()
 
 
-def _factors(count: int, device: torch.device) -> torch.Tensor:
-    """Different odd numbers below 2^31 in no simple order: each step is one-to-one on 30 bits."""
-    numbers = torch.arange(1, count + 1, device=device) * 0x1E3779B1 & BITS
+@functools.lru_cache(maxsize=1)
+def _factors(device: torch.device) -> torch.Tensor:
+    """`CHUNK` different odd numbers below 2^31 in no simple order: each step is one-to-one on 30 bits."""
+    numbers = torch.arange(1, CHUNK + 1, device=device) * 0x1E3779B1 & BITS
     numbers = (numbers ^ numbers >> 13) * 0x05EBCA6B & BITS
     return 2 * (numbers ^ numbers >> 16) + 1
 

@@ -1,0 +1,54 @@
+"""Gradients under ZeRO-2 are right where they are needed, and are sent no further."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import launch
+from tests.support.reductions import SIZES
+from vidcls.training.sharded_state import WEIGHT, StoredState
+
+pytestmark = pytest.mark.launch
+STEPS, SETTLED = 8, 5  # the self-check gathers what it compares in the first ones
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_owners_get_the_mean_gradient(tmp_path: Path, ranks: int) -> None:
+    """Parts of uneven size, some of nobody's, in several buckets."""
+    done = launch.deepspeed(ranks, "tests/support/reductions.py", log=tmp_path / "log")
+    assert done.code == 0, done.output[-3000:]
+    (line,) = [line for line in done.output.splitlines() if line.startswith("found ")]
+    found = json.loads(line.removeprefix("found "))
+    assert len(found) == ranks
+    for of_rank in found:
+        assert of_rank["off"] < 1e-6
+        assert of_rank["sent"]["all_to_all_single"] == sum(SIZES)  # of it what is another's leaves the rank
+        assert of_rank["sent"].get("reduce", 0) == 0
+        assert of_rank["sent"].get("all_reduce", 0) < 10  # norms and flags
+
+
+def test_a_training_step_sends_each_gradient_and_each_weight_once(small_shards: Path, tmp_path: Path) -> None:
+    """What benchmarks/scaling.py measures at length: within 5 % of (R - 1) / R x numbers x (4 + 2) bytes."""
+    out = tmp_path / "run"
+    options = {
+        "dataset": small_shards,
+        "output_dir": out,
+        "per_device_train_batch_size": 2,
+        "max_steps": STEPS,
+        "lora_rank": 256,
+        "plot_loss": "false",
+        "report_to": "none",
+        "save_steps": STEPS,
+    }
+    words = [f"{key}={value}" for key, value in options.items()]
+    log = tmp_path / "log"
+    done = launch.deepspeed(2, "benchmarks/counted_train.py", "launch/recipes/quickstart.yaml", *words, log=log)
+    assert done.code == 0, done.output[-3000:]
+    trained = StoredState.open(out / f"checkpoint-{STEPS}").kind(WEIGHT)
+    minimum = sum(int(tensor.numel()) for tensor in trained.values()) * 6 / 2
+    for rank in range(2):
+        for step in json.loads((out / f"traffic-{rank}.json").read_text())[SETTLED:]:
+            assert sum(step["sent"].values()) == pytest.approx(minimum, rel=0.05), step

@@ -52,7 +52,7 @@ class Case:
     model: str = MID
     options: dict[str, Any] = field(default_factory=dict)
     ranks: int = 1
-    steps: int = 10
+    steps: int = 30
 
 
 CASES = (

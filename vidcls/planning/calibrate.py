@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 
 from vidcls import distributed
 from vidcls.model import adapters, layers
+from vidcls.model.patches import VisionGeometry, frames_to_patches
 from vidcls.planning.machines import (
     CONTEXT_BYTES,
     LINK_EFFICIENCY,
@@ -37,6 +39,7 @@ COLD_BYTES = 128 << 20
 LEAST_SECONDS = 0.06  # of one figure, at least
 VALUES = (844, 5504)
 SCORES = (4, 16, 211, 211)
+FRAMES = (8, 16, 112, 112, 3)  # clips, frames, height, width, colours
 MEMORY_LINK = 4e9  # bytes a second between ranks of one host without accelerators: through shared memory
 # A rank imports these; what torch's compiled operations and DeepSpeed's buffers take comes on top.
 IMPORTS = "import torch, deepspeed, peft, transformers, vidcls.model.pretrained, psutil"
@@ -119,10 +122,17 @@ def _value_seconds(device: torch.device, dtype: torch.dtype) -> dict[str, float]
         weights = scores.softmax(dim=-1)
         torch.autograd.grad(weights, scores, scores.detach())[0] * 0.1
 
-    found = {"norm": norm, "swiglu": swiglu, "mask": mask, "move": move}
-    return {name: _seconds(function) / count for name, function in found.items()} | {
-        "score": _seconds(score) / math.prod(SCORES)
-    }
+    frames = torch.randint(256, (math.prod(FRAMES),), dtype=torch.uint8, device=device)
+    geometry = VisionGeometry()
+    grids = (geometry.grid(*FRAMES[1:4]),) * FRAMES[0]
+
+    def pixel() -> None:
+        frames_to_patches(frames, grids, geometry, dtype)
+
+    functions = {"norm": norm, "swiglu": swiglu, "mask": mask, "move": move}
+    found = {name: _seconds(function) / count for name, function in functions.items()}
+    found["score"] = _seconds(score) / math.prod(SCORES)
+    return found | {"pixel": _seconds(pixel) / len(frames)}
 
 
 def _operation_seconds(device: torch.device, dtype: torch.dtype) -> float:
@@ -131,7 +141,7 @@ def _operation_seconds(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _seconds(function: Callable[[], None]) -> float:
-    """Of a call: the fastest of several after one that does not count, since whatever else runs only adds."""
+    """Of a call: the median of several after one that does not count, which is what a step meets."""
     function()
     times: list[float] = []
     while len(times) < 5 or sum(times) < LEAST_SECONDS:
@@ -140,7 +150,7 @@ def _seconds(function: Callable[[], None]) -> float:
         function()
         distributed.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return statistics.median(times)
 
 
 def _imported_bytes() -> float:

@@ -31,6 +31,7 @@ PASS_BYTES = {
     "mask": 2 + 6 + 6 + 12,
     "score": 8 + 12,
     "move": 4,
+    "pixel": 2 + 5 + 8 + 8 + 6,  # of a frame: reordered, float32, mean and deviation, bf16
 }
 
 

@@ -15,6 +15,12 @@ from vidcls.planning.workload import Block, Workload
 
 # Operations that the host starts for a layer, forward and backward of it, and around all layers; products not counted.
 FORWARD_OPERATIONS, BACKWARD_OPERATIONS, AROUND_OPERATIONS = 60, 55, 80
+# Plain passes over a row of a layer, forward and backward: residuals, rotary, rows cut into pieces and back. The tower
+# turns its queries and keys in float32.
+MOVES = {"language": 12, "vision": 60}
+# Of the host, to gather and drop a module's weights under ZeRO-3 (DeepSpeed's hooks): measured on two CPU cores, alone
+# and with a second rank; assumed for a GPU.
+GATHER_SECONDS, GATHER_TOGETHER_SECONDS, GATHER_GPU_SECONDS = 0.9e-3, 1.8e-3, 0.2e-3
 OPTIMIZER_BYTES = 40  # of a trained number: gradient, master and moments read and written, norm and clipping
 SENT_GRADIENT, SENT_WEIGHT = 4, 2  # communication_data_type fp32; bf16
 
@@ -74,8 +80,10 @@ def step_time(work: Workload, machine: Machine, cluster: Cluster, *, accumulatio
         )
         for product in all_products
     )
-    passes = shared * sum(_passes(block, work, machine) for block in work.blocks)
+    passes = shared * (sum(_passes(block, work, machine) for block in work.blocks) + _pixels(work, machine))
     host = operations(work) * machine.operation_seconds
+    if work.gathered:
+        host += gathers(work) * _gather_seconds(machine, cluster)
     if machine.on_gpu:
         host = max(0.0, host - products - passes)
     step = machine.step_seconds + work.trained_tensors * machine.tensor_seconds
@@ -100,6 +108,21 @@ def operations(work: Workload) -> float:
     return found
 
 
+def gathers(work: Workload) -> int:
+    """How often modules are gathered for a micro-batch under ZeRO-3."""
+    found = len(work.around)
+    for block in work.blocks:
+        modules = 2 + sum(3 if layer.rank else 1 for p in block.projections for layer in p.layers)
+        found += modules * (block.count * (2 if block.has_backward else 1) + block.checkpointed)
+    return found
+
+
+def _gather_seconds(machine: Machine, cluster: Cluster) -> float:
+    if machine.on_gpu:
+        return GATHER_GPU_SECONDS
+    return GATHER_SECONDS if cluster.ranks == 1 else GATHER_TOGETHER_SECONDS
+
+
 def _sent(work: Workload, cluster: Cluster, accumulation: int, *, once: bool) -> float:
     """Bytes that pass each place of a ring. In every micro-batch gradients are reduced to their owners (ZeRO-3, and
     ZeRO-2 where it sends them `once`), or to all, which is twice as much (ZeRO-2 as DeepSpeed does it); then the new
@@ -111,6 +134,12 @@ def _sent(work: Workload, cluster: Cluster, accumulation: int, *, once: bool) ->
     return share * ((1 if once else 2) * gradients + work.trained * SENT_WEIGHT)
 
 
+def _pixels(work: Workload, machine: Machine) -> float:
+    """Seconds in which frames become patches; none where the tower's output is stored."""
+    read = any(block.name == "vision" for block in work.blocks)
+    return work.clips.count * work.clips.pixel_bytes * machine.value_seconds["pixel"] if read else 0.0
+
+
 def _passes(block: Block, work: Workload, machine: Machine) -> float:
     """Seconds of the element-wise work of `block.count` layers."""
     each, layers = machine.value_seconds, block.layers
@@ -118,9 +147,8 @@ def _passes(block: Block, work: Workload, machine: Machine) -> float:
     factor = (block.count + block.checkpointed / 3) if block.has_backward else block.count / 3
     found = (block.rows + block.read) * layers.width * each["norm"]
     found += block.read * layers.inner * each["swiglu"]
-    moves = 12 * block.rows * layers.width  # residuals, rotary, rows cut into pieces and back
-    found += moves * each["move"]
-    if not work.fused_attention and block.attention.trains:
+    found += MOVES[block.name] * block.rows * layers.width * each["move"]
+    if not work.fused_attention:
         found += block.attention.scores * each["score"]
     if work.dropout:
         masked = sum(p.rows * p.inner for p in block.projections if p.ranks)

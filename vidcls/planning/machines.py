@@ -23,6 +23,9 @@ CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL, cuBLAS workspaces
 FRAGMENTATION = 1.1  # what the allocator takes is this times what tensors need
 STEP_SECONDS = 10e-3  # DeepSpeed and the log, beside what they do for each trained tensor
 TENSOR_SECONDS = 1e-4
+# Of the host, to gather and drop a module's weights under ZeRO-3 (DeepSpeed's hooks): measured on two CPU cores, alone
+# and with a second rank; assumed for a GPU.
+GATHER_SECONDS, GATHER_TOGETHER_SECONDS, GATHER_GPU_SECONDS = 0.9e-3, 1.8e-3, 0.2e-3
 
 # Bytes that pass through memory for one value, forward and backward together, as model/layers.py does it in bf16.
 PASS_BYTES = {
@@ -148,6 +151,7 @@ def published(name: str) -> Machine:
             f"products reach {PRODUCTS_EFFICIENCY:.0%} of that peak with many rows, half of it with {HALF_RATE_ROWS}",
             f"element-wise passes reach {MEMORY_EFFICIENCY:.0%} of the memory's bandwidth, links {LINK_EFFICIENCY:.0%}",
             f"the host needs {HOST_SECONDS * 1e6:g} us for an operation, and {STEP_SECONDS * 1e3:g} ms for a step",
+            f"under ZeRO-3 the host needs {GATHER_GPU_SECONDS * 1e3:g} ms to gather a module",
             f"CUDA context and libraries take {CONTEXT_BYTES / 1e9:g} GB, the allocator {FRAGMENTATION - 1:.0%} more",
             "nothing of this has been measured on a GPU yet",
         ),

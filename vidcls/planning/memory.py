@@ -70,6 +70,8 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int) -> M
     if config.optim.ema_decay is not None and not offloaded:
         states += FLOAT * trained / ranks
     gradients = (0.0 if offloaded else FLOAT * trained / ranks) + bucket * (buckets * size + FLOAT)
+    if stage == 2 and ranks > 1 and not machine.on_gpu:
+        gradients += bucket * FLOAT  # parts of it that come from others (training/reduction.py)
     kept, again = activations.kept(work), activations.again(work)
     working, tower = activations.working_set(work), activations.tower_working_set(work)
     loader = checkpoint = 0.0

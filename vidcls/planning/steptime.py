@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from vidcls.options import EXCHANGING_RANKS
 from vidcls.planning.flops import micro_batch
-from vidcls.planning.machines import Machine
+from vidcls.planning.machines import GATHER_GPU_SECONDS, GATHER_SECONDS, GATHER_TOGETHER_SECONDS, Machine
 from vidcls.planning.workload import Block, Workload
 
 # Operations that the host starts for a layer, forward and backward of it, and around all layers; products not counted.
@@ -18,9 +18,6 @@ FORWARD_OPERATIONS, BACKWARD_OPERATIONS, AROUND_OPERATIONS = 60, 55, 80
 # Plain passes over a row of a layer, forward and backward: residuals, rotary, rows cut into pieces and back. The tower
 # turns its queries and keys in float32.
 MOVES = {"language": 12, "vision": 60}
-# Of the host, to gather and drop a module's weights under ZeRO-3 (DeepSpeed's hooks): measured on two CPU cores, alone
-# and with a second rank; assumed for a GPU.
-GATHER_SECONDS, GATHER_TOGETHER_SECONDS, GATHER_GPU_SECONDS = 0.9e-3, 1.8e-3, 0.2e-3
 OPTIMIZER_BYTES = 40  # of a trained number: gradient, master and moments read and written, norm and clipping
 SENT_GRADIENT, SENT_WEIGHT = 4, 2  # communication_data_type fp32; bf16
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import socket
+from collections import Counter
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from vidcls.faults.processes import hosts_of_launch
+from vidcls import distributed
 from vidcls.options import EXCHANGING_RANKS
 
 
@@ -26,10 +28,10 @@ def reduce_to_owners(engine: deepspeed.DeepSpeedEngine) -> None:
     if not isinstance(optimizer, DeepSpeedZeroOptimizer) or not optimizer.use_multi_rank_bucket_allreduce:
         return
     group = optimizer.dp_process_group
-    ranks, hosts = torch.distributed.get_world_size(group), hosts_of_launch() or 1
-    if ranks == 1 or torch.distributed.get_backend(group) != "gloo":
+    if torch.distributed.get_world_size(group) == 1 or torch.distributed.get_backend(group) != "gloo":
         return
-    if hosts == 1 or ranks <= hosts * EXCHANGING_RANKS:
+    ranks_of_host = Counter(distributed.gather_objects(socket.gethostname()))
+    if len(ranks_of_host) == 1 or max(ranks_of_host.values()) <= EXCHANGING_RANKS:
         changed: Any = optimizer
         changed.allreduce_and_copy_with_multiple_ranks = functools.partial(_exchange, optimizer)
 

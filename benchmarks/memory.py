@@ -11,12 +11,12 @@ benchmarks/results/. Exit codes: 0 done, 1 a case failed (its log is shown), 2 w
 """
 
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from plan import MEMORY_BAR, Compared, measure, options
-from rounds import RESULTS, conditions, table, write_json
+from plan import MEMORY_BAR, Compared, command
+from rounds import RESULTS, table
 
 from vidcls.planning.memory import Memory
 
@@ -61,23 +61,15 @@ def draw(found: list[Compared], path: Path) -> None:
     axes.scatter(measured, range(len(found)), color="black", marker="|", s=400, label="measured", zorder=3)
     axes.invert_yaxis()
     axes.set(xlabel="GB", title="Peak of the rank that needs most: the sum of its parts, and as measured")
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=100)
 
 
 def main() -> int:
-    parser = options(__doc__)
-    args = parser.parse_args()
-    try:
-        machine, found = measure(parser, args, show)
-    except (RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    show(found)
-    result = {"conditions": conditions("torch", "deepspeed"), "machine": asdict(machine), "cases": found}
-    write_json(RESULTS / "memory.json", result)
-    draw(found, RESULTS / "memory.png")
-    return 0
+    found = command(__doc__, "memory", show)
+    if found:
+        draw(found, RESULTS / "memory.png")
+    return 0 if found else 1
 
 
 if __name__ == "__main__":

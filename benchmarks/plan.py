@@ -211,18 +211,23 @@ def measure(
     return machine, found
 
 
-def main() -> int:
-    parser = options(__doc__)
+def command(description: str | None, name: str, show: Callable[[list[Compared]], None]) -> list[Compared]:
+    """All that a benchmark of plans does; nothing when a case failed, which has been said."""
+    parser = options(description)
     args = parser.parse_args()
     try:
         machine, found = measure(parser, args, show)
     except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return []
     show(found)
     result = {"conditions": conditions("torch", "deepspeed"), "machine": asdict(machine), "cases": found}
-    write_json(RESULTS / "plan.json", result)
-    return 0
+    write_json(RESULTS / f"{name}.json", result)
+    return found
+
+
+def main() -> int:
+    return 0 if command(__doc__, "plan", show) else 1
 
 
 if __name__ == "__main__":

@@ -18,21 +18,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from instrumented_train import after_each_step
+from instrumented_train import PAYLOADS, after_each_step
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERFACE = Path("/sys/class/net/eth0/statistics")
-# Collective -> the argument whose bytes are its payload: the whole tensor, of all ranks.
-PAYLOADS = {
-    "all_reduce": "tensor",
-    "reduce": "tensor",
-    "broadcast": "tensor",
-    "all_gather": "tensor_list",
-    "all_gather_into_tensor": "output_tensor",
-    "reduce_scatter": "input_list",
-    "reduce_scatter_tensor": "input",
-    "all_to_all_single": "input",
-}
 
 
 def least_sent(collective: str, payload: int, ranks: int) -> float:

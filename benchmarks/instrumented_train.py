@@ -22,15 +22,17 @@ from turns import PLACE, Turns
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS_NAME, TURNS_NAME = "parts.json", "turns.json"
-COLLECTIVES = (
-    "all_reduce",
-    "reduce",
-    "broadcast",
-    "all_gather",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "all_to_all_single",
-)
+# Collective -> the argument whose bytes are its payload: the whole tensor, of all ranks.
+PAYLOADS = {
+    "all_reduce": "tensor",
+    "reduce": "tensor",
+    "broadcast": "tensor",
+    "all_gather": "tensor_list",
+    "all_gather_into_tensor": "output_tensor",
+    "reduce_scatter": "input_list",
+    "reduce_scatter_tensor": "input",
+    "all_to_all_single": "input",
+}
 WARM_UP = 3  # steps that do not count: the self-check looks at them
 
 
@@ -86,7 +88,7 @@ def instrument(clock: Clock) -> None:
     wrap(Engine, "forward", "language forward")
     wrap(Engine, "backward", "backward")
     wrap(Engine, "step", "optimizer")
-    for name in COLLECTIVES:
+    for name in PAYLOADS:
         wrap(torch.distributed, name, "communication")
     after_each_step(clock.end_step)
 

@@ -33,6 +33,7 @@ from vidcls.data.batch import Batch
 from vidcls.model import adapters, attention, layers
 from vidcls.model.classifier import ActionClassifier
 from vidcls.model.pretrained import TrainingExtras, build_model
+from vidcls.training.prepacking import prepack_weights
 from vidcls.training.setup import Run, setup
 
 Without = Callable[[ActionClassifier], contextlib.AbstractContextManager[Any]]
@@ -115,6 +116,18 @@ def called(x: torch.Tensor, modules: Any) -> tuple[torch.Tensor, ...]:
     return tuple(module(x) for module in modules)
 
 
+@contextlib.contextmanager
+def plain_weights(model: ActionClassifier) -> Iterator[None]:
+    """Frozen weights as the checkpoint has them alone."""
+    modules: list[Any] = [module for module in model.inner.modules() if "prepacked" in vars(module)]
+    kept = [vars(module).pop("prepacked") for module in modules]
+    try:
+        yield
+    finally:
+        for module, made in zip(modules, kept, strict=True):
+            module.prepacked = made
+
+
 def norms(model: ActionClassifier) -> list[Any]:
     return [module for module in model.inner.modules() if isinstance(module, Qwen2_5_VLRMSNorm)]
 
@@ -134,6 +147,7 @@ LEVERS: dict[str, Without] = {
     "adapters on one input together": lambda model: patch.object(layers, "project", called),
     "of it, dropout masks of 16 bits": lambda model: patch.object(adapters, "_keep_mask", plain_mask),
     "attention written out (on a CPU)": lambda model: patch.object(attention, "_plain", fused_attention),
+    "frozen weights prepacked (prepack_weights, on a CPU)": plain_weights,
     "RMSNorm that keeps its input alone": lambda model: own_forwards(norms(model)),
     "SwiGLU that keeps its inputs alone": plain_swiglu,
     "patch embedding as a matrix product": lambda model: own_forwards([model.inner.visual.patch_embed]),
@@ -162,8 +176,9 @@ def measure(run: Run, rounds: int) -> tuple[list[Ratio], dict[str, list[float]]]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batch = next(micro_batches(run))
     step = training_step(model, batch, trained)
-    for _ in range(2):
-        step()
+    step()
+    prepack_weights(run.config, model)
+    step()
     features_VD = model.encode_video(batch.frames, batch.grid_thw)
     seconds: dict[str, list[float]] = {name: [] for name in (AS_IT_IS, *LEVERS, CACHE)}
     gains: dict[str, list[float]] = {name: [] for name in (*LEVERS, CACHE)}

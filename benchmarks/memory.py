@@ -24,6 +24,7 @@ from vidcls.planning.memory import Memory
 COLUMNS = {
     "process": ("base",),
     "weights": ("frozen_weights", "trained_weights", "gathered"),
+    "weights once more": ("prepacked",),
     "optimizer": ("masters_and_moments",),
     "gradients": ("gradients",),
     "activations": ("activations", "working_set"),

@@ -47,6 +47,7 @@ COMMAND, RESUME, CONFIG = "tests/test_train_command.py", "tests/test_resume.py",
 OPTIMIZER, EVALUATING = "tests/training/test_optimizer.py", "tests/training/test_evaluating.py"
 FAULTS, LIMITS = "tests/test_faults_command.py", "tests/faults/test_guard.py::test_limits_are_those_of_the_recipe"
 PARITY, BAD = "tests/training/test_parity.py", "tests/training/test_bad_samples.py"
+PREPACKING = "tests/training/test_prepacking.py"
 BUDGET, MICRO = "tests/training/test_token_budget.py", "tests/training/test_micro_batch.py"
 TESTED: dict[str, str] = {
     "model_name_or_path": f"{HERE}::test_model_name_or_path",
@@ -73,6 +74,7 @@ TESTED: dict[str, str] = {
     "enable_liger_kernel": f"{HERE}::test_what_is_used_instead",
     "gradient_checkpointing": f"{HERE}::test_gradient_checkpointing",
     "torch_compile": f"{HERE}::test_torch_compile",
+    "prepack_weights": f"{PREPACKING}::test_numbers_are_the_same_with_and_without",
     "dataset": f"{HERE}::test_dataset_by_name",
     "datasets": f"{HERE}::test_datasets",
     "dataset_dir": f"{HERE}::test_dataset_by_name",

@@ -16,6 +16,7 @@ DEFAULT_CACHE_GB = 50
 DEFAULT_MEMORY_LIMIT = 0.9
 AUTO = "auto"
 ATTENTION_SIZE = 512  # of an attention head, where the hidden size is not smaller
+PREPACKING_SHARE = 0.75  # of the memory that is free, for what prepack_weights adds
 EXCHANGING_RANKS = 2  # of a host among several: with more, training/reduction.py leaves gradients to DeepSpeed
 DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
 DEFAULT_NAME = "default"
@@ -86,6 +87,9 @@ class ModelOptions(Section):
     enable_liger_kernel: bool = Field(False, description="fused Liger kernels; need a GPU and liger-kernel")
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward")
     torch_compile: bool = Field(False, description="compile the language model's layers with torch.compile")
+    prepack_weights: bool = Field(
+        True, description="on a CPU, frozen bf16 weights once more as its products want them, while memory is free"
+    )
 
 
 class DatasetOptions(Section):

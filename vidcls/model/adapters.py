@@ -8,8 +8,8 @@ Shape suffixes: N tokens, K inputs, O outputs, R rank of one adapter, S ranks of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+
+from vidcls.model.prepacking import Prepacked, prepacked
 
 ADAPTER = "default"
 LANES = 4  # random numbers of 16 bits in one of 64
@@ -32,6 +34,19 @@ class _Layer:
     up_OR: torch.Tensor | None = None
     scale: float = 0.0
     dropout: float = 0.0
+    packed: Prepacked | None = None
+
+    def multiply(self, x_NK: torch.Tensor) -> torch.Tensor:
+        if self.packed is not None:
+            return self.packed.multiply(x_NK, self.bias_O)
+        return F.linear(x_NK, self.weight_OK, self.bias_O)
+
+    def multiply_back(self, grad_NO: torch.Tensor, onto_NK: torch.Tensor | None) -> torch.Tensor:
+        """The gradient of x; `onto_NK` is that of other layers, which may be written to."""
+        found = None if self.packed is None else self.packed.multiply_back(grad_NO, onto_NK)
+        if found is not None:
+            return found
+        return grad_NO @ self.weight_OK if onto_NK is None else onto_NK.addmm_(grad_NO, self.weight_OK)
 
 
 def project(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch.Tensor, ...]:
@@ -48,8 +63,8 @@ def project(x: torch.Tensor, modules: Sequence[nn.Module]) -> tuple[torch.Tensor
     x_NK = x.reshape(-1, x.shape[-1])
     keep_NK = _keep_mask(x_NK, p) if p and modules[0].training else None
     tensors = [t for each in known for t in (each.weight_OK, each.bias_O, each.down_RK, each.up_OR)]
-    scales = tuple(each.scale for each in known)
-    outputs = _Projections.apply(x_NK, keep_NK, 1.0 / (1.0 - p), scales, *tensors)
+    fixed = tuple((each.scale, each.packed) for each in known)
+    outputs = _Projections.apply(x_NK, keep_NK, 1.0 / (1.0 - p), fixed, *tensors)
     return tuple(y_NO.view(*x.shape[:-1], -1) for y_NO in outputs)
 
 
@@ -75,7 +90,16 @@ def _read(module: nn.Module) -> _Layer | None:
         }
     if type(base) is not nn.Linear or base.weight.requires_grad or hasattr(base.weight, "ds_id"):
         return None
-    return _Layer(base.weight, base.bias, **adapted)
+    return _Layer(base.weight, base.bias, packed=prepacked(base), **adapted)
+
+
+def multiplied_here(root: nn.Module) -> Iterator[nn.Linear]:
+    """The frozen linear layers below `root`, without their adapters, whose products `project` computes itself."""
+    inner = {id(module.base_layer) for module in root.modules() if isinstance(module, LoraLinear)}
+    for module in root.modules():
+        if isinstance(module, nn.Linear | LoraLinear) and id(module) not in inner and _read(module) is not None:
+            base: Any = module.base_layer if isinstance(module, LoraLinear) else module
+            yield base
 
 
 def _keep_mask(x_NK: torch.Tensor, p: float) -> torch.Tensor:
@@ -91,13 +115,21 @@ def _keep_mask(x_NK: torch.Tensor, p: float) -> torch.Tensor:
     return torch.ge(lanes, round(p * 2**16) - 2**15, out=torch.empty_like(x_NK))
 
 
+def _layers(tensors: Sequence[Any], packs: Sequence[Prepacked | None]) -> list[_Layer]:
+    starts = range(0, len(tensors), 4)
+    return [replace(_Layer(*tensors[i : i + 4]), packed=packed) for i, packed in zip(starts, packs, strict=True)]
+
+
 class _Projections(torch.autograd.Function):
-    """x_NK -> each layer's x W^T + b + scale (drop(x) A^T) B^T. `amplify` is 1 / (1 - p) of the dropout."""
+    """x_NK -> each layer's x W^T + b + scale (drop(x) A^T) B^T.
+
+    `amplify` is 1 / (1 - p) of the dropout; `fixed` has scale and prepacked weight of each layer.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_NK: Any, keep_NK: Any, amplify: float, scales: tuple[float, ...], *tensors: Any) -> Any:
-        layers = [_Layer(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
-        factors = [scale * (amplify if keep_NK is not None else 1.0) for scale in scales]
+    def forward(ctx: Any, x_NK: Any, keep_NK: Any, amplify: float, fixed: tuple[Any, ...], *tensors: Any) -> Any:
+        layers = _layers(tensors, [packed for _, packed in fixed])
+        factors = [scale * (amplify if keep_NK is not None else 1.0) for scale, _ in fixed]
         downs = [layer.down_RK for layer in layers if layer.down_RK is not None]
         low_NS = None
         if downs:
@@ -105,7 +137,7 @@ class _Projections(torch.autograd.Function):
             low_NS = F.linear(dropped_NK, torch.cat(downs))
         outputs, start = [], 0
         for layer, factor in zip(layers, factors, strict=True):
-            y_NO = F.linear(x_NK, layer.weight_OK, layer.bias_O)
+            y_NO = layer.multiply(x_NK)
             if layer.up_OR is not None:
                 assert low_NS is not None
                 rank = layer.up_OR.shape[1]
@@ -113,14 +145,14 @@ class _Projections(torch.autograd.Function):
                 start += rank
             outputs.append(y_NO)
         ctx.save_for_backward(x_NK if downs else None, keep_NK, low_NS, *tensors)  # a frozen layer needs no input
-        ctx.factors = factors
+        ctx.factors, ctx.packs = factors, [layer.packed for layer in layers]
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         x_NK, keep_NK, low_NS, *tensors = ctx.saved_tensors
-        layers = [_Layer(*tensors[i : i + 4]) for i in range(0, len(tensors), 4)]
+        layers = _layers(tensors, ctx.packs)
         lows, ups, start = [], [], 0
         for layer, factor, grad_NO in zip(layers, ctx.factors, grads, strict=True):
             if layer.up_OR is not None:
@@ -129,12 +161,11 @@ class _Projections(torch.autograd.Function):
                 ups.append((low_NS[:, start : start + rank].t() @ grad_NO).t().mul(factor))
                 start += rank
         grad_low_NS = torch.cat(lows, dim=1) if lows else None
-        grad_x = None
+        grad_x: torch.Tensor | None = None
         if ctx.needs_input_grad[0]:
-            grad_x = grads[0] @ layers[0].weight_OK
-            for layer, grad_NO in zip(layers[1:], grads[1:], strict=True):
-                grad_x.addmm_(grad_NO, layer.weight_OK)
-            if grad_low_NS is not None:
+            for layer, grad_NO in zip(layers, grads, strict=True):
+                grad_x = layer.multiply_back(grad_NO, grad_x)
+            if grad_x is not None and grad_low_NS is not None:
                 down_SK = torch.cat([layer.down_RK for layer in layers if layer.down_RK is not None])
                 if keep_NK is None:
                     grad_x.addmm_(grad_low_NS, down_SK)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from vidcls import distributed
 from vidcls.model import adapters, layers
 from vidcls.model.patches import VisionGeometry, frames_to_patches
+from vidcls.model.prepacking import Prepacked, can_prepack
 from vidcls.planning.machines import (
     CONTEXT_BYTES,
     LINK_EFFICIENCY,
@@ -35,6 +36,7 @@ from vidcls.planning.overhead import small_step
 ROWS = (4, 64, 256, 512, 1024, 2048)
 WEIGHTS = ((256, 256), (256, 1024), (1024, 2048), (2048, 4096), (2048, 11008))
 WARM_UP_SECONDS = 2.0  # threads and clocks
+LEAST_ROWS = 64  # of products that tell what prepacking gains
 COLD_BYTES = 128 << 20
 LEAST_SECONDS = 0.06  # of one figure, at least
 VALUES = (844, 5504)
@@ -49,20 +51,22 @@ STARTED_BYTES = 0.13e9
 def measure() -> Machine:
     device, dtype = distributed.device(), torch.bfloat16
     on_gpu = device.type != "cpu"
-    rates = tuple(_rates(device, dtype))
+    rates, plain = (list(_rates(device, dtype, prepacked=prepacked)) for prepacked in (True, False))
+    gains = [one.flops / other.flops for one, other in zip(rates, plain, strict=True) if one.rows >= LEAST_ROWS]
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     return Machine(
         name=distributed.accelerator_name() if on_gpu else f"this machine, {len(os.sched_getaffinity(0))} CPU cores",
         on_gpu=on_gpu,
         memory=float(total),
         peak=max(rate.flops for rate in rates),
-        rates=rates,
+        rates=tuple(rates),
         value_seconds=_value_seconds(device, dtype),
         operation_seconds=_operation_seconds(device, dtype),
         step_seconds=STEP_SECONDS,
         tensor_seconds=TENSOR_SECONDS,
         link=MEMORY_LINK if not on_gpu else 32e9 * LINK_EFFICIENCY,
         base_bytes=CONTEXT_BYTES if on_gpu else _imported_bytes() + STARTED_BYTES,
+        prepacking_gain=statistics.median(gains),
         assumptions=(
             "rates of products, passes and operations as measured by --calibrate",
             f"DeepSpeed and the log take {STEP_SECONDS * 1e3:g} ms a step and {TENSOR_SECONDS * 1e6:g} us a tensor",
@@ -70,21 +74,28 @@ def measure() -> Machine:
     )
 
 
-def _rates(device: torch.device, dtype: torch.dtype) -> Iterator[Rate]:
+def _rates(device: torch.device, dtype: torch.dtype, *, prepacked: bool) -> Iterator[Rate]:
+    """With plain weights, or prepacked ones where there are any."""
     square, until = torch.randn(1024, 1024, device=device).to(dtype), time.perf_counter() + WARM_UP_SECONDS
     while time.perf_counter() < until:
         square @ square
     for inner, outer in WEIGHTS:
         copies = max(2, COLD_BYTES // (2 * inner * outer))
-        weights = cycle([torch.randn(outer, inner, device=device).to(dtype) for _ in range(min(copies, 64))])
+        weights = [torch.randn(outer, inner, device=device).to(dtype) for _ in range(min(copies, 64))]
+        products: list[Callable[[torch.Tensor], torch.Tensor]] = [
+            partial(F.linear, weight=weight) for weight in weights
+        ]
+        if prepacked and can_prepack(weights[0]):
+            products = [partial(Prepacked(weight, backward=False).multiply, bias_O=None) for weight in weights]
+        ring = cycle(products)
         for rows in ROWS:
             x = torch.randn(rows, inner, device=device).to(dtype)
-            seconds = _seconds(partial(_multiply, x, weights))
+            seconds = _seconds(partial(_multiply, x, ring))
             yield Rate(rows, inner * outer, 2.0 * rows * inner * outer / seconds)
 
 
-def _multiply(x: torch.Tensor, weights: Iterator[torch.Tensor]) -> None:
-    F.linear(x, next(weights))
+def _multiply(x: torch.Tensor, products: Iterator[Callable[[torch.Tensor], torch.Tensor]]) -> None:
+    next(products)(x)
 
 
 def _value_seconds(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

@@ -77,7 +77,8 @@ class Rate:
 class Machine:
     """What one rank has when nobody else uses the machine.
 
-    rates: measured, or () where they follow from `peak`. value_seconds: of one value, by the keys of PASS_BYTES.
+    rates: measured, or () where they follow from `peak`; prepacking_gain: of a CPU, whose rates are those of prepacked
+    weights, how many times as fast as with plain ones. value_seconds: of one value, by the keys of PASS_BYTES.
     base_bytes: of a rank before it has a model. shared_cores: ranks of a node share what was measured (a CPU).
     """
 
@@ -92,6 +93,7 @@ class Machine:
     tensor_seconds: float
     link: float
     base_bytes: float
+    prepacking_gain: float = 1.0
     assumptions: tuple[str, ...] = ()
 
     @property

@@ -8,10 +8,11 @@ buckets are taken whole; on a CPU a page costs when it is touched, and weights s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vidcls.config import Config
+from vidcls.options import PREPACKING_SHARE
 from vidcls.planning import activations
 from vidcls.planning.machines import FRAGMENTATION, Machine
 from vidcls.planning.workload import Workload
@@ -40,14 +41,23 @@ class Memory:
     loader: float
     checkpoint: float
     allocator: float
+    prepacked: float = 0.0
 
     @property
     def total(self) -> float:
         return sum(getattr(self, field.name) for field in fields(self))
 
+    @property
+    def needed(self) -> float:
+        """Without what is only taken while memory is free."""
+        return self.total - self.prepacked
 
-def memory(work: Workload, config: Config, machine: Machine, *, ranks: int) -> Memory:
-    """At the worst moment of a step; on a CPU a checkpoint that is copied to be written counts too."""
+
+def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, sharing: int) -> Memory:
+    """At the worst moment of a step; on a CPU a checkpoint that is copied to be written counts too.
+
+    sharing: ranks that the machine's memory is shared by.
+    """
     zero: dict[str, Any] = config.zero["zero_optimization"]
     size, trained, stage = work.value_bytes, work.trained, config.zero_stage
     full = trained_of_backbone(work)
@@ -97,9 +107,36 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int) -> M
         allocator=0.0,
     )
     if not machine.on_gpu:
-        return found
+        return replace(found, prepacked=_prepacked(work, config, machine, found, sharing))
     extra = (FRAGMENTATION - 1) * (found.total - found.base)
     return Memory(**{field.name: getattr(found, field.name) for field in fields(found)} | {"allocator": extra})
+
+
+def prepackable(work: Workload, config: Config) -> tuple[int, int]:
+    """Bytes of the matrices that `prepack_weights` takes on a CPU, and bytes that it makes of all of them."""
+    model = config.model
+    if not model.prepack_weights or model.torch_compile or not work.bf16 or work.gathered:
+        return 0, 0
+    plain = made = 0
+    for block in work.blocks:
+        for projection in block.projections:
+            for layer in projection.layers:
+                if not layer.trains and not (work.dora and layer.rank):
+                    size = work.value_bytes * block.count * layer.inner * layer.outer
+                    plain += size
+                    made += size * (2 if block.has_backward else 1)
+    return plain, made
+
+
+def _prepacked(work: Workload, config: Config, machine: Machine, step: Memory, sharing: int) -> float:
+    """As training/prepacking.py does it, whose share of what is free does not have the mapped weights in it."""
+    plain, made = prepackable(work, config)
+    free = machine.memory - sharing * (step.total - step.frozen_weights - step.checkpoint)
+    room = PREPACKING_SHARE * free - plain
+    added = sharing * made - plain
+    if room >= added:
+        return float(made)
+    return made * max(0.0, room) / added
 
 
 def trained_of_backbone(work: Workload) -> int:

@@ -66,16 +66,24 @@ class StepTime:
         return max(parts, key=lambda name: parts[name])
 
 
-def step_time(work: Workload, machine: Machine, cluster: Cluster, *, accumulation: int) -> StepTime:
-    """Of an optimizer step with `accumulation` micro-batches such as `work`."""
+def step_time(
+    work: Workload, machine: Machine, cluster: Cluster, *, accumulation: int, packed: float = 0.0
+) -> StepTime:
+    """Of an optimizer step with `accumulation` micro-batches such as `work`; `packed`: which part of the matrices that
+    can be prepacked is."""
     shared = 1 if machine.on_gpu else cluster.per_node  # ranks of a CPU share its cores and its memory
     all_products = micro_batch(work)
-    products = shared * sum(
-        product.count
-        * machine.product_seconds(
-            product.rows, product.inner, product.outer, product.batch, value_bytes=work.value_bytes
+    slower = packed + (1 - packed) * machine.prepacking_gain
+    products = (
+        slower
+        * shared
+        * sum(
+            product.count
+            * machine.product_seconds(
+                product.rows, product.inner, product.outer, product.batch, value_bytes=work.value_bytes
+            )
+            for product in all_products
         )
-        for product in all_products
     )
     passes = shared * (sum(_passes(block, work, machine) for block in work.blocks) + _pixels(work, machine))
     host = operations(work) * machine.operation_seconds

@@ -30,6 +30,7 @@ from vidcls.training.objective import Objective, Tally
 from vidcls.training.optimizer import learning_rate
 from vidcls.training.output import Outcome, finish_output, open_log, open_order_log, summary
 from vidcls.training.patience import Patience
+from vidcls.training.prepacking import prepack_weights
 from vidcls.training.saver import Saver
 from vidcls.training.selfcheck.check import SelfCheck
 from vidcls.training.setup import Run
@@ -93,6 +94,10 @@ def train(run: Run) -> Outcome:
                     observe=check.observe if check and check.active else None,
                 )
                 done = step + 1
+                if step == first and done < run.steps:
+                    guard.phase("start", step)
+                    with clock.paused():
+                        _say(log, prepack_weights(config, engine.module))
                 if order:
                     order.add(step, result.keys)
                 if check and check.active:

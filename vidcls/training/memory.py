@@ -54,6 +54,13 @@ def _left(folder: Path, limit: str, used: str, inactive: str) -> list[int]:
     return [] if most == "max" else [max(0, int(most) - current + int(stat.get(inactive, 0)))]
 
 
+def host_free() -> int:
+    """Bytes that this host's processes may still take, pages of files that can be read again among them."""
+    left = group_free()
+    free = psutil.virtual_memory().available
+    return free if left is None else min(free, left)
+
+
 @dataclass(frozen=True)
 class HostMemory:
     """Of a rank on CPU: what it has resident, pages of mapped files included.
@@ -66,10 +73,7 @@ class HostMemory:
     @classmethod
     def share(cls) -> HostMemory:
         hosts = distributed.gather_objects(socket.gethostname())
-        free = [psutil.virtual_memory().available]
-        if (left := group_free()) is not None:
-            free.append(left)
-        total = psutil.Process().memory_info().rss + min(free) // hosts.count(socket.gethostname())
+        total = psutil.Process().memory_info().rss + host_free() // hosts.count(socket.gethostname())
         distributed.barrier()  # nobody takes more before all have looked
         return cls(total)
 

@@ -38,6 +38,7 @@ WARM_UP = 2  # steps: the second one still meets fresh memory
 IN_MEMORY = 4  # micro-batches that are read before the clock starts, and then go round
 PEAK_ROWS = (512, 1024, 2048, 4096)
 REPEATS = 3
+PREPACKED = "prepacked"  # a kind of product
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape, strides
 Product = tuple[str, tuple[Layout, ...]]  # kind, and its two operands
 
@@ -54,6 +55,10 @@ class Products(TorchDispatchMode):
         if name in ("mm", "addmm", "bmm", "baddbmm"):
             pair = args[1:3] if "add" in name else args[:2]
             self.counts[name.replace("badd", ""), tuple((tuple(t.shape), t.stride()) for t in pair)] += 1
+        elif name == "_linear_pointwise":
+            x, weight = args[0], args[2 if "binary" in str(function) else 1]
+            outer, inner = weight.shape
+            self.counts[PREPACKED, ((tuple(x.shape), x.stride()), ((inner, outer), (1, inner)))] += 1
         return function(*args, **(kwargs or {}))
 
     @property
@@ -129,8 +134,11 @@ def products_alone(products: Products, dtype: torch.dtype) -> float:
         left, right = (
             torch.empty_strided(shape, strides, device=device, dtype=dtype).normal_() for shape, strides in layouts
         )
-        multiply = torch.bmm if kind == "bmm" else torch.mm
-        total += count * usually(partial(multiply, left, right))
+        if kind == PREPACKED:
+            product = partial(Prepacked(right.t(), backward=False).multiply, left, None)
+        else:
+            product = partial(torch.bmm if kind == "bmm" else torch.mm, left, right)
+        total += count * usually(product)
     return total
 
 

@@ -165,7 +165,8 @@ class _Projections(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for layer, grad_NO in zip(layers, grads, strict=True):
                 grad_x = layer.multiply_back(grad_NO, grad_x)
-            if grad_x is not None and grad_low_NS is not None:
+            assert grad_x is not None
+            if grad_low_NS is not None:
                 down_SK = torch.cat([layer.down_RK for layer in layers if layer.down_RK is not None])
                 if keep_NK is None:
                     grad_x.addmm_(grad_low_NS, down_SK)

@@ -113,6 +113,7 @@ def train(work: Path, name: str, clips: int) -> Case:
         "prompt": prompt,
         "lm_loss_weight": weight,
         "max_steps": STEPS,
+        "prepack_weights": False,
         "logging_steps": 1,
         "save_only_model": True,
         "self_check": False,

@@ -93,6 +93,7 @@ def train(work: Path, *, steps: int, stage: int) -> Result:
         "eval_dataset": "null",
         "eval_strategy": "no",
         "lora_rank": 16,
+        "prepack_weights": "false",  # it takes what is free: this asks for what is needed
         "video_max_pixels": SIZE * SIZE,
         "dataloader_num_workers": 1,
         "per_device_train_batch_size": CLIPS_PER_STEP,

@@ -110,3 +110,20 @@ def test_planned_sizes_are_those_of_a_real_batch() -> None:
     clip = replace(facts.clip, height=112, width=140)
     assert clip.length(facts.model) == inputs[2][0]
     assert clip.pixel_bytes * 3 == len(inputs[0])
+
+
+def test_prepacked_weights_take_what_is_free_and_no_more() -> None:
+    """On a CPU; a recipe fits or not without them, and products are slower where there is no room."""
+    cpu = replace(published("h100"), on_gpu=False, memory=64e9, prepacking_gain=1.25)
+    full = plan(machine=cpu).memory.prepacked
+    assert full == pytest.approx(12.36e9, rel=0.01)  # 2 x 5.55 GB of the language model, 1.26 GB of the tower
+    assert plan(machine=cpu, prepack_weights=False).memory.prepacked == 0
+    assert plan(machine=cpu, deepspeed="ds_configs/zero3.json").memory.prepacked == 0
+    less, none = (plan(machine=replace(cpu, memory=gigabytes * 1e9)) for gigabytes in (20, 9))
+    assert 0 < less.memory.prepacked < full
+    assert none.memory.prepacked == 0
+    assert none.fits == plan(machine=replace(cpu, memory=9e9), prepack_weights=False).fits
+    fast, slow = (plan(machine=cpu, prepack_weights=on).step.products for on in (True, False))
+    assert slow == pytest.approx(1.25 * fast)
+    assert plan(Cluster(1, 4, 1e9), cpu).memory.prepacked < full  # each rank has its own
+    assert plan().memory.prepacked == 0  # a GPU

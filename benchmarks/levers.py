@@ -32,6 +32,7 @@ from vidcls.config import load_config
 from vidcls.data.batch import Batch
 from vidcls.model import adapters, attention, layers
 from vidcls.model.classifier import ActionClassifier
+from vidcls.model.prepacking import ATTRIBUTE
 from vidcls.model.pretrained import TrainingExtras, build_model
 from vidcls.training.prepacking import prepack_weights
 from vidcls.training.setup import Run, setup
@@ -119,13 +120,13 @@ def called(x: torch.Tensor, modules: Any) -> tuple[torch.Tensor, ...]:
 @contextlib.contextmanager
 def plain_weights(model: ActionClassifier) -> Iterator[None]:
     """Frozen weights as the checkpoint has them alone."""
-    modules: list[Any] = [module for module in model.inner.modules() if "prepacked" in vars(module)]
-    kept = [vars(module).pop("prepacked") for module in modules]
+    modules: list[Any] = [module for module in model.inner.modules() if ATTRIBUTE in vars(module)]
+    kept = [vars(module).pop(ATTRIBUTE) for module in modules]
     try:
         yield
     finally:
         for module, made in zip(modules, kept, strict=True):
-            module.prepacked = made
+            setattr(module, ATTRIBUTE, made)
 
 
 def norms(model: ActionClassifier) -> list[Any]:

@@ -151,7 +151,8 @@ def compare(case: Case, model: Path, work: Path, machine: Machine) -> Compared:
     config = load_config(words[0], words[1:])
     plan = estimate(config, gather_facts(config), machine, Cluster(1, case.ranks, machine.link))
     seconds, peak = run(case, words, work)
-    return Compared(case, seconds, plan.step.total, peak, plan.memory.total, plan.memory.base, plan)
+    planned = plan.memory.total + plan.memory.prepacked
+    return Compared(case, seconds, plan.step.total, peak, planned, plan.memory.base, plan)
 
 
 def show(found: list[Compared]) -> None:

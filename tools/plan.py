@@ -39,7 +39,7 @@ MEMORY_NAMES = {
     "loader": "loaded batches",
     "checkpoint": "a checkpoint written and read back",
     "allocator": "allocator",
-    "prepacked": "frozen weights once more (prepack_weights)",
+    "prepacked": "beside it, while free: frozen weights once more",
 }
 TIME_NAMES = {
     "products": "matrix products",

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.planning.models import built, planned, recipe
 from tests.support import launch
 from vidcls import distributed
-from vidcls.planning.memory import prepackable
+from vidcls.model.prepacking import can_prepack
+from vidcls.options import PREPACKING_SHARE
+from vidcls.planning.memory import CHECKPOINT_BYTES, prepackable
 from vidcls.training import prepacking
 from vidcls.training.prepacking import prepack_weights
 
@@ -42,6 +45,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "stage3": {"deepspeed": "ds_configs/zero3.json"},
 }
 GIGABYTE = 1e9
+STATED = {"per_device_train_batch_size": "auto", "train_batch_size": 3, "memory_limit": "2GB"}
+pytestmark = pytest.mark.skipif(
+    not can_prepack(torch.zeros(1, dtype=torch.bfloat16)),
+    reason="this processor or build of torch has no bf16 products",
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +97,16 @@ def test_who_prepacks_says_so(runs: Path) -> None:
 
 @pytest.fixture
 def prepack(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None, int]]:
-    """What is said with so many bytes free, and how many layers of a built model there are to prepack."""
+    """What is said of a built model with so many bytes free (above what a checkpoint will take), and how many layers of
+    it there are to prepack."""
     monkeypatch.setattr(distributed, "gather_objects", lambda each: [each])
     monkeypatch.setattr(distributed, "barrier", lambda: None)
 
     def run(free: float, **options: Any) -> tuple[str | None, int]:
-        monkeypatch.setattr(prepacking, "host_free", lambda: free)
         config = recipe(bf16=True, **options)
-        model, _ = built(config)
+        model, _ = built(recipe(bf16=True, **{k: v for k, v in options.items() if k not in STATED}))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        monkeypatch.setattr(prepacking, "host_free", lambda: free + CHECKPOINT_BYTES * trained)
         count = len(prepacking._layers(config, model))
         return prepack_weights(config, model), count
 
@@ -108,11 +118,12 @@ def test_what_is_free_bounds_it(prepack: Callable[..., tuple[str | None, int]]) 
     assert line is not None
     assert line.startswith("prepack_weights: ")
     assert "as they were" not in line
-    line, _ = prepack(1e6)
+    size = sum(linear.weight.nbytes for linear, _ in prepacking._layers(recipe(bf16=True), built(recipe(bf16=True))[0]))
+    line, _ = prepack(1.2 * size / PREPACKING_SHARE)  # the originals, and a fifth of them more
     assert line is not None
     left = re.search(r"; (\d+) of (\d+) layers are as they were", line)
     assert left
-    assert 0 < int(left[1]) <= int(left[2]) == layers
+    assert 0 < int(left[1]) < int(left[2]) == layers
 
 
 def test_whose_weights_are_prepacked(prepack: Callable[..., tuple[str | None, int]]) -> None:
@@ -121,9 +132,20 @@ def test_whose_weights_are_prepacked(prepack: Callable[..., tuple[str | None, in
     assert 0 < without_tower < layers
     assert prepack(GIGABYTE, prepack_weights=False)[0] is None
     assert prepack(GIGABYTE, torch_compile=True)[0] is None
+    assert prepack(GIGABYTE, **STATED)[0] is None
 
 
-@pytest.mark.parametrize("options", [{}, {"vision_tuning": "lora"}, {"vision_cache": "features"}, {"use_dora": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"vision_tuning": "lora"},
+        {"merger_tuning": "lora"},
+        {"vision_cache": "features"},
+        {"use_dora": True, "lora_target": "up_proj"},
+        {"use_dora": True, "vision_tuning": "lora"},
+    ],
+)
 def test_the_planner_counts_the_same_bytes(
     prepack: Callable[..., tuple[str | None, int]], options: dict[str, Any]
 ) -> None:

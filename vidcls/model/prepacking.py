@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TRIED_ROWS = (3, 64, 300)
-_ATTRIBUTE = "prepacked"
+TRIED_ROWS = (1, 2, 64, 500)
+ATTRIBUTE = "prepacked"  # of a linear layer
 
 
 class Prepacked:
@@ -25,7 +25,7 @@ class Prepacked:
         reorder = torch.ops.mkldnn._reorder_linear_weight
         with torch.no_grad():
             self._forward = reorder(weight_OK, None)
-            self._backward = reorder(weight_OK.t().contiguous(), None) if backward else None
+            self._backward = reorder(weight_OK.t(), None) if backward else None
         self._of = _identity(weight_OK)
 
     def fits(self, weight_OK: torch.Tensor) -> bool:
@@ -46,7 +46,7 @@ class Prepacked:
 
 def prepacked(linear: nn.Linear) -> Prepacked | None:
     """What `prepack` made of it, if its weight is still the same."""
-    found: Prepacked | None = vars(linear).get(_ATTRIBUTE)
+    found: Prepacked | None = vars(linear).get(ATTRIBUTE)
     return found if found is not None and found.fits(linear.weight) else None
 
 
@@ -64,7 +64,8 @@ def prepack(layers: Iterable[tuple[nn.Linear, bool]], room: float, *, ranks: int
     """Prepack frozen layers, each with or without backward, in turn while there is room; (bytes taken, left plain).
 
     A layer that is prepacked no longer needs the pages of its own matrix, which the `ranks` of a host share. No product
-    may change by a bit, or a run would depend on how much memory was free: where one does, nothing is prepacked.
+    may change by a bit, or a run would depend on how much memory was free: layers of a shape for which one does stay
+    plain.
 
     Args:
         room: bytes of the host, beside those of all matrices.
@@ -74,17 +75,17 @@ def prepack(layers: Iterable[tuple[nn.Linear, bool]], room: float, *, ranks: int
     for linear, backward in layers:
         size = linear.weight.nbytes
         cost = (1 + backward) * size
-        if ranks * cost - size > room:
+        kind = linear.weight.shape, backward
+        if ranks * cost - size > room or equal.get(kind) is False:
             left += 1
             continue
         made = Prepacked(linear.weight, backward=backward)
-        kind = linear.weight.shape, backward
         if kind not in equal:
-            equal[kind] = _is_equal(linear.weight, made)
-        if not equal[kind]:
-            left += 1
-            continue
-        setattr(linear, _ATTRIBUTE, made)
+            equal[kind] = _is_equal(linear, made)
+            if not equal[kind]:
+                left += 1
+                continue
+        setattr(linear, ATTRIBUTE, made)
         taken += cost
         room -= ranks * cost - size
     return taken, left
@@ -95,7 +96,8 @@ def _identity(weight: torch.Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _is_equal(weight_OK: torch.Tensor, made: Prepacked) -> bool:
+def _is_equal(linear: nn.Linear, made: Prepacked) -> bool:
+    weight_OK, bias_O = linear.weight, linear.bias
     generator = torch.Generator().manual_seed(0)
 
     def random(rows: int, width: int) -> torch.Tensor:
@@ -103,7 +105,7 @@ def _is_equal(weight_OK: torch.Tensor, made: Prepacked) -> bool:
 
     for rows in TRIED_ROWS:
         x_NK, grad_NO = random(rows, weight_OK.shape[1]), random(rows, weight_OK.shape[0])
-        if not torch.equal(made.multiply(x_NK, None), F.linear(x_NK, weight_OK)):
+        if not torch.equal(made.multiply(x_NK, bias_O), F.linear(x_NK, weight_OK, bias_O)):
             return False
         for onto_NK in (None, x_NK):
             plain = grad_NO @ weight_OK if onto_NK is None else torch.addmm(onto_NK, grad_NO, weight_OK)

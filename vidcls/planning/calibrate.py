@@ -1,4 +1,4 @@
-"""What this machine can do, measured in about half a minute: the figures that `machines.Machine` wants.
+"""What this machine can do, measured in about a minute: the figures that `machines.Machine` wants.
 
 Weights and values come from more memory than caches hold, as they do in a step.
 """
@@ -51,7 +51,8 @@ STARTED_BYTES = 0.13e9
 def measure() -> Machine:
     device, dtype = distributed.device(), torch.bfloat16
     on_gpu = device.type != "cpu"
-    rates, plain = (list(_rates(device, dtype, prepacked=prepacked)) for prepacked in (True, False))
+    rates = list(_rates(device, dtype, prepacked=True))
+    plain = rates if on_gpu else _rates(device, dtype, prepacked=False)
     gains = [one.flops / other.flops for one, other in zip(rates, plain, strict=True) if one.rows >= LEAST_ROWS]
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     return Machine(

@@ -19,7 +19,7 @@ from vidcls.model.shapes import TINY, Architecture, read_architecture
 from vidcls.options import VIDEO_TAG
 from vidcls.planning.flops import micro_batch, total
 from vidcls.planning.machines import Machine
-from vidcls.planning.memory import Memory, memory, prepackable
+from vidcls.planning.memory import Memory, memory, prepacked_share
 from vidcls.planning.steptime import Cluster, StepTime, step_time
 from vidcls.planning.workload import Clips, Workload
 
@@ -173,8 +173,7 @@ def _estimate(config: Config, facts: Facts, machine: Machine, cluster: Cluster, 
     work = Workload.of(config, facts.model, clips, facts.classes, on_gpu=machine.on_gpu, stage=stage)
     sharing = 1 if machine.on_gpu else cluster.per_node  # a CPU's ranks share its memory
     needed = memory(work, config, machine, ranks=cluster.ranks, sharing=sharing)
-    _, prepackable_bytes = prepackable(work, config)
-    packed = needed.prepacked / prepackable_bytes if prepackable_bytes else 0.0
+    packed = prepacked_share(work, config, needed)
     products = micro_batch(work)
     times = plan.accumulation * cluster.ranks
     return Estimate(
@@ -182,7 +181,7 @@ def _estimate(config: Config, facts: Facts, machine: Machine, cluster: Cluster, 
         checkpointing=config.model.gradient_checkpointing,
         plan=plan,
         memory=needed,
-        fits=needed.needed * sharing <= machine.memory,
+        fits=needed.total * sharing <= machine.memory,
         step=step_time(work, machine, cluster, accumulation=plan.accumulation, packed=packed),
         flops=times * total(products, "forward", "backward"),
         recomputed_flops=times * total(products, "recomputed"),

@@ -17,7 +17,8 @@ Phase = Literal["forward", "backward", "recomputed"]
 
 @dataclass(frozen=True)
 class Product:
-    """`count` times [rows, inner] x [inner, outer]. batch: so many at once, each with factors of its own."""
+    """`count` times [rows, inner] x [inner, outer]. batch: so many at once, each with factors of its own. frozen: of a
+    layer's own matrix, which does not change."""
 
     phase: Phase
     part: str
@@ -26,6 +27,7 @@ class Product:
     outer: int
     count: float = 1
     batch: int = 1
+    frozen: bool = False
 
     @property
     def flops(self) -> float:
@@ -76,7 +78,7 @@ def _backward(block: Block, work: Workload) -> Iterator[Product]:
 def _projected(projection: Projection, part: str) -> Iterator[Product]:
     rows = projection.rows
     for layer in projection.layers:
-        yield Product("forward", part, rows, layer.inner, layer.outer)
+        yield Product("forward", part, rows, layer.inner, layer.outer, frozen=not layer.trains)
         if layer.rank:
             yield Product("forward", part, rows, layer.rank, layer.outer)
     if projection.ranks:
@@ -89,7 +91,7 @@ def _projected_back(projection: Projection, part: str) -> Iterator[Product]:
     rows = projection.rows
     for layer in projection.layers:
         if projection.needs_grad:
-            yield Product("backward", part, rows, layer.outer, layer.inner)
+            yield Product("backward", part, rows, layer.outer, layer.inner, frozen=not layer.trains)
         if layer.trains:
             yield Product("backward", part, layer.outer, rows, layer.inner)
         if layer.rank:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vidcls.config import Config
-from vidcls.options import PREPACKING_SHARE
+from vidcls.options import DEFAULT_MEMORY_LIMIT, PREPACKING_SHARE
 from vidcls.planning import activations
 from vidcls.planning.machines import FRAGMENTATION, Machine
 from vidcls.planning.workload import Workload
@@ -22,14 +22,17 @@ FLOAT = 4
 # weights, the same once more as the file's bytes, and the weights before and after.
 CHECKPOINT_BYTES = 14 + 14 + 2 + 2
 LOADED_BATCHES = 4  # in memory that the loader shares with a rank of a CPU
-PREPACKING_BYTES = 0.07e9  # oneDNN's code for prepacked weights, as seven small cases had it
+PREPACKING_BYTES = 0.07e9  # beside the copies: oneDNN's code for them, as seven small cases had it
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, where a file names none
 DEFAULT_LIVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank; their sum is the peak. `gathered`: whole layers under ZeRO-3."""
+    """Bytes of one rank; their sum is the peak. `gathered`: whole layers under ZeRO-3.
+
+    prepacked: taken beside it while memory is free, and no part of the sum.
+    """
 
     base: float
     frozen_weights: float
@@ -46,12 +49,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
-
-    @property
-    def needed(self) -> float:
-        """Without what is only taken while memory is free."""
-        return self.total - self.prepacked
+        return sum(getattr(self, field.name) for field in fields(self)) - self.prepacked
 
 
 def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, sharing: int) -> Memory:
@@ -94,9 +92,8 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, shar
         loader = LOADED_BATCHES * work.clips.count * work.clips.pixel_bytes
         checkpoint = float(CHECKPOINT_BYTES * trained)
         gathered *= min(ranks, 2)  # a buffer for what comes from others, and what is made of it
-    prepacks = not machine.on_gpu and prepackable(work, config)[0] > 0
     found = Memory(
-        base=machine.base_bytes + (PREPACKING_BYTES if prepacks else 0.0),
+        base=machine.base_bytes,
         frozen_weights=frozen_bytes,
         trained_weights=trained_bytes,
         masters_and_moments=states,
@@ -117,13 +114,15 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, shar
 def prepackable(work: Workload, config: Config) -> tuple[int, int]:
     """Bytes of the matrices that `prepack_weights` takes on a CPU, and bytes that it makes of all of them."""
     model = config.model
-    if not model.prepack_weights or model.torch_compile or not work.bf16 or work.gathered:
+    off = not model.prepack_weights or model.torch_compile or config.optim.memory_limit != DEFAULT_MEMORY_LIMIT
+    if off or not work.bf16 or work.gathered:
         return 0, 0
     plain = made = 0
     for block in work.blocks:
+        dora = work.dora and any(projection.ranks for projection in block.projections)
         for projection in block.projections:
             for layer in projection.layers:
-                if not layer.trains and not (work.dora and layer.rank):
+                if not layer.trains and not dora:
                     size = work.value_bytes * block.count * layer.inner * layer.outer
                     plain += size
                     made += size * (2 if block.has_backward else 1)
@@ -131,14 +130,19 @@ def prepackable(work: Workload, config: Config) -> tuple[int, int]:
 
 
 def _prepacked(work: Workload, config: Config, machine: Machine, step: Memory, sharing: int) -> float:
-    """As training/prepacking.py does it, whose share of what is free does not have the mapped weights in it."""
+    """As training/prepacking.py does it, to which the mapped weights are free memory."""
     plain, made = prepackable(work, config)
-    free = machine.memory - sharing * (step.total - step.frozen_weights - step.checkpoint)
-    room = PREPACKING_SHARE * free - plain
-    added = sharing * made - plain
-    if room >= added:
-        return float(made)
-    return made * max(0.0, room) / added
+    free = machine.memory - sharing * (step.total - step.frozen_weights)
+    room, added = PREPACKING_SHARE * free - plain, sharing * made - plain
+    if not made or room <= 0:
+        return 0.0
+    return PREPACKING_BYTES + made * min(1.0, room / added if added else 1.0)
+
+
+def prepacked_share(work: Workload, config: Config, step: Memory) -> float:
+    """Of the bytes that prepacking all would take."""
+    _, made = prepackable(work, config)
+    return max(0.0, step.prepacked - PREPACKING_BYTES) / made if made else 0.0
 
 
 def trained_of_backbone(work: Workload) -> int:

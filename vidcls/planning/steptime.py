@@ -73,17 +73,14 @@ def step_time(
     can be prepacked is."""
     shared = 1 if machine.on_gpu else cluster.per_node  # ranks of a CPU share its cores and its memory
     all_products = micro_batch(work)
-    slower = packed + (1 - packed) * machine.prepacking_gain
-    products = (
-        slower
-        * shared
-        * sum(
-            product.count
-            * machine.product_seconds(
-                product.rows, product.inner, product.outer, product.batch, value_bytes=work.value_bytes
-            )
-            for product in all_products
+    gain = machine.prepacking_gain
+    products = shared * sum(
+        product.count
+        * (packed + (1 - packed) * gain if product.frozen else gain)
+        * machine.product_seconds(
+            product.rows, product.inner, product.outer, product.batch, value_bytes=work.value_bytes
         )
+        for product in all_products
     )
     passes = shared * (sum(_passes(block, work, machine) for block in work.blocks) + _pixels(work, machine))
     host = operations(work) * machine.operation_seconds

@@ -95,7 +95,6 @@ def train(run: Run) -> Outcome:
                 )
                 done = step + 1
                 if step == first and done < run.steps:
-                    guard.phase("start", step)
                     with clock.paused():
                         _say(log, prepack_weights(config, engine.module))
                 if order:

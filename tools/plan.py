@@ -2,7 +2,7 @@
 
     python tools/plan.py launch/recipes/ucf101.yaml --gpu h100 --nodes 4 --gpus 8
     python tools/plan.py launch/recipes/ucf101.yaml per_device_train_batch_size=8 --gpu l40s --clips 9500 --json
-    python tools/plan.py --calibrate machine.json                 measure this machine, in about half a minute
+    python tools/plan.py --calibrate machine.json                 measure this machine, in about a minute
     python tools/plan.py RECIPE --machine machine.json --gpus 2   two ranks on it
 
 Does it fit, with which ZeRO stage and micro-batch, how long is a step and an epoch, and what takes the time. Model and

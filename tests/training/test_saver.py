@@ -68,8 +68,10 @@ def test_the_files_are_those_of_a_save_for_which_training_stands(
 
 def test_a_line_is_said_when_the_checkpoint_is_whole(alone: Path) -> None:
     """The first is slow, so the second waits for it, and the end of the run for the second."""
-    assert told(alone, "2-standing")["lines"][0].startswith(f"saved {alone / '2-standing' / 'checkpoint-2'} (training")
-    lines = told(alone, "waits")["lines"]
+    standing, lines = (
+        [line for line in told(alone, name)["lines"] if "checkpoint-" in line] for name in ("2-standing", "waits")
+    )
+    assert standing[0].startswith(f"saved {alone / '2-standing' / 'checkpoint-2'} (training")
     assert lines[0] == "checkpoint-2 waits for checkpoint-1, which is still being written"
     assert lines[2] == "training waits for checkpoint-2, which is still being written"
     found = re.fullmatch(r"saved \S+/checkpoint-1 \(training stood for (\S+) s, written in (\S+) s\)", lines[1])

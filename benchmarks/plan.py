@@ -69,6 +69,7 @@ CASES = (
     Case("4 clips, ZeRO-3, 2 ranks", 4, options={"deepspeed": "ds_configs/zero3.json"}, ranks=2),
     Case("real, 1 clip", 1, REAL, steps=6),
     Case("real, 2 clips", 2, REAL, steps=6),
+    Case("real, 2 clips, plain weights", 2, REAL, {"prepack_weights": False}, steps=6),  # for its memory
     Case("real, 4 clips", 4, REAL, steps=6),
     Case("real, 2 clips, checkpointing", 2, REAL, {"gradient_checkpointing": True}, steps=6),
     Case("real, 2 clips, rank 64, no dropout", 2, REAL, {"lora_rank": 64, "lora_dropout": 0}, steps=6),

@@ -10,6 +10,7 @@ Times mean something on an otherwise idle machine only: the load average is writ
 rank and its children, read twice a second from /proc/PID/smaps_rollup as PSS (pages that several processes map are
 counted once), and the rank's VmHWM, the kernel's own peak of its resident set, which misses nothing. Both count the
 checkpoint's pages, which are mapped from its files and which the kernel can drop and read again.
+Frozen weights are not prepacked, which would take of whatever is free (`prepack_weights: false`).
 Exit codes: 0 done, 1 the run failed or needed more than --limit-gb, 2 wrong options.
 """
 

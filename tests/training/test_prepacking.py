@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from tests.planning.models import built, planned, recipe
 from tests.support import launch
+from tests.training.test_micro_batch import RECIPE, rows, write
 from vidcls import distributed
 from vidcls.model.prepacking import can_prepack
 from vidcls.options import PREPACKING_SHARE
@@ -21,21 +20,6 @@ from vidcls.planning.memory import CHECKPOINT_BYTES, prepackable
 from vidcls.training import prepacking
 from vidcls.training.prepacking import prepack_weights
 
-RECIPE: dict[str, Any] = {
-    "model_name_or_path": "tiny",
-    "lora_rank": 8,
-    "lora_dropout": 0.1,
-    "train_batch_size": 8,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 2e-3,
-    "max_steps": 4,
-    "save_steps": 2,
-    "logging_steps": 1,
-    "plot_loss": False,
-    "html_report": False,
-    "report_to": "none",
-    "seed": 7,
-}
 RUNS: dict[str, dict[str, Any]] = {
     "with": {},
     "without": {"prepack_weights": False},
@@ -57,18 +41,12 @@ def runs(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """On two ranks, in one start; and one that goes on from half-way."""
     top = tmp_path_factory.mktemp("prepacking")
     changes = RUNS | {"resumed": {"resume_from_checkpoint": str(top / "without" / "checkpoint-2")}}
-    for name, more in changes.items():
-        content = {**RECIPE, "dataset": str(small_shards), "output_dir": str(top / name), **more}
-        (top / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    recipes = [top / f"{name}.yaml" for name in changes]
+    recipes = [
+        write(top, small_shards, name, **{"per_device_train_batch_size": 2, **more}) for name, more in changes.items()
+    ]
     done = launch.deepspeed(2, "tests/support/trainings.py", *recipes, log=top / "log")
     assert done.code == 0, done.output[-4000:]
     return top
-
-
-def rows(run: Path) -> list[tuple[float, ...]]:
-    lines = map(json.loads, (run / "train_log.jsonl").read_text().splitlines())
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in lines]
 
 
 @pytest.mark.launch

@@ -33,10 +33,10 @@ def prepack_weights(config: Config, model: ActionClassifier) -> str | None:
     free = host_free() - ranks * CHECKPOINT_BYTES * trained
     room = PREPACKING_SHARE * free - sum(linear.weight.nbytes for linear, _ in layers)
     distributed.barrier()  # nobody takes more before all have looked
-    if not layers:
-        return None
     taken, left = prepack(layers, room, ranks=ranks)
     guard.phase("step")
+    if not layers:
+        return None
     line = f"prepack_weights: {taken / 1e9:.3g} GB a rank in {time.perf_counter() - start:.1f} s"
     return f"{line}; {left} of {len(layers)} layers are as they were" if left else line
 

@@ -151,7 +151,8 @@ def main() -> None:
     parser.add_argument("--ceiling", action="store_true", help="count operations and measure the machine too")
     args = parser.parse_args()
     run = setup(load_config(args.recipe, args.overrides))
-    extras = TrainingExtras(gradient_checkpointing=run.config.model.gradient_checkpointing)
+    options = run.config.model
+    extras = TrainingExtras(gradient_checkpointing=options.gradient_checkpointing, share_prefix=options.share_prefix)
     model = build_model(run.spec, run.encoder, run.heads, seed=run.config.run.seed, extras=extras)
     model.to(distributed.device()).train()
     step = steps(run, model)

@@ -89,6 +89,10 @@ def whole_last_layer(model: ActionClassifier) -> Iterator[None]:
         yield
 
 
+def every_prefix(model: ActionClassifier) -> Any:
+    return patch.object(model, "share_prefix", False)
+
+
 @contextlib.contextmanager
 def second_team(model: ActionClassifier) -> Iterator[None]:
     """A thread that has computed with torch, and stays."""
@@ -145,6 +149,7 @@ LEVERS: dict[str, Without] = {
     "no logits of the vocabulary": vocabulary_logits,
     "nothing recomputed (gradient_checkpointing: false)": recomputed,
     "last layer only where it is read": whole_last_layer,
+    "prompts' common beginning once (share_prefix)": every_prefix,
     "adapters on one input together": lambda model: patch.object(layers, "project", called),
     "of it, dropout masks of 16 bits": lambda model: patch.object(adapters, "_keep_mask", plain_mask),
     "attention written out (on a CPU)": lambda model: patch.object(attention, "_plain", fused_attention),

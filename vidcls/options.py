@@ -87,6 +87,7 @@ class ModelOptions(Section):
     enable_liger_kernel: bool = Field(False, description="fused Liger kernels; need a GPU and liger-kernel")
     gradient_checkpointing: bool = Field(False, description="recompute layers in backward")
     torch_compile: bool = Field(False, description="compile the language model's layers with torch.compile")
+    share_prefix: bool = Field(True, description="in training, compute what all prompts of a batch begin with once")
     prepack_weights: bool = Field(
         True, description="on a CPU, frozen bf16 weights once more as its products want them, while memory is free"
     )

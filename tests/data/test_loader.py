@@ -355,6 +355,31 @@ def test_texts_are_padded_behind_action_only(encoder: PromptEncoder) -> None:
     assert (batch.input_ids_BL == encoder.action_token_id).sum() == 2
 
 
+def test_a_batch_knows_what_all_its_prompts_begin_with(encoder: PromptEncoder) -> None:
+    def batch(*prompts: str) -> Batch:
+        frames = np.zeros((2, 28, 28, 3), dtype=np.uint8)
+        fixed = {"label": 0, "frames": frames, "times": [0.0, 0.25], "encoder": encoder, "max_frames": 16}
+        return collate([prepare_clip(key=prompt, prompt=prompt, **fixed) for prompt in prompts])
+
+    def start(text: str) -> int:
+        return len(encoder.tokenizer.encode(f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{text}"))
+
+    fork = "<|im_start|>user\n"
+    for prompts, wanted in {
+        # All of it up to the video, whose tokens and positions are alike too.
+        ("See: <video> Which? <ACTION>",) * 3: f"{fork}See: <|vision_start|>",
+        ("See: <video> <ACTION>", "Sea: <video> <ACTION>"): f"{fork}Se",
+        ("<video> <ACTION>", "See: <video> <ACTION>"): fork,
+    }.items():
+        found = batch(*prompts)
+        assert found.prefix == start(wanted), prompts
+        assert (found.input_ids_BL[:, : found.prefix] == found.input_ids_BL[0, : found.prefix]).all()
+        assert (found.position_ids_3BL[..., : found.prefix] == torch.arange(found.prefix)).all()
+        assert found.model_inputs()["prefix"] == found.prefix
+        assert found.alone(1).prefix == 0
+    assert batch("<video> <ACTION>").prefix == 0
+
+
 def test_frames_are_thinned_uniformly_and_odd_counts_repeat_the_last(encoder: PromptEncoder) -> None:
     frames = np.arange(9, dtype=np.uint8)[:, None, None, None] * np.ones((1, 28, 28, 3), dtype=np.uint8)
     prepared = prepare_clip(

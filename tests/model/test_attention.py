@@ -48,6 +48,42 @@ def test_equals_each_piece_alone(lengths, causal, implementation):
     torch.testing.assert_close(lasts, expected[pieces.lasts])
 
 
+def prefixed(lengths, prefix):
+    """Queries, keys and values of pieces that begin alike: the row that has this once, and the one with all pieces."""
+    generator = torch.Generator().manual_seed(prefix)
+    rows, whole = [], []
+    for heads in (4, 2, 2):
+        first, *owns = (
+            torch.randn(count, heads, 8, generator=generator, requires_grad=True)
+            for count in (prefix, *(length - prefix for length in lengths))
+        )
+        rows.append([first, *owns])
+        whole.append(torch.cat([torch.cat([first, own]) for own in owns]))
+    return rows, whole
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (3, 7, 3, 4, 7), (4, 3)])
+def test_a_shared_prefix_is_in_the_row_once_and_seen_by_every_piece(lengths, implementation):
+    module = SimpleNamespace(config=SimpleNamespace(_attn_implementation=implementation), scaling=0.3)
+    prefix, pieces = 2, pieces_of(lengths, CPU, 2)
+    rows, whole = prefixed(lengths, prefix)
+    qkv = [torch.cat(row) for row in rows]
+    expected = one_by_one(whole, lengths, True)
+    starts = expected.split(lengths)
+    wanted = torch.cat([starts[0][:prefix], *(piece[prefix:] for piece in starts)])
+    assert pieces.lasts.tolist() == [sum(lengths[: n + 1]) - n * prefix - 1 for n in range(len(lengths))]
+    leaves = [leaf for row in rows for leaf in row]
+    out = attend(module, *qkv, pieces, causal=True)
+    torch.testing.assert_close(out, wanted)
+    seed = torch.randn_like(out)
+    grads = torch.autograd.grad(out, leaves, seed, retain_graph=True)
+    for grad, reference in zip(grads, torch.autograd.grad(wanted, leaves, seed, retain_graph=True), strict=True):
+        torch.testing.assert_close(grad, reference)
+    lasts = attend(module, qkv[0][pieces.lasts], *qkv[1:], pieces, causal=True, lasts_only=True)
+    torch.testing.assert_close(lasts, wanted[pieces.lasts])
+
+
 def test_flash_attention_gets_the_bounds_of_the_pieces(monkeypatch):
     seen = []
 
@@ -66,3 +102,9 @@ def test_flash_attention_gets_the_bounds_of_the_pieces(monkeypatch):
     assert whole["cu_seq_lens_q"].tolist() == whole["cu_seq_lens_k"].tolist() == [0, 3, 10, 12]
     assert (whole["max_length_q"], whole["max_length_k"], whole["is_causal"]) == (7, 7, True)
     assert (last["cu_seq_lens_q"].tolist(), last["max_length_q"]) == ([0, 1, 2, 3], 1)
+
+    again, _ = prefixed((3, 7, 2), 1)
+    row = [torch.cat(parts) for parts in again]
+    assert torch.equal(attend(module, *row, pieces_of((3, 7, 2), CPU, 1), causal=True), row[0])
+    assert [seen[-1][0][2], seen[-1][1][2]] == [12, 12]
+    assert seen[-1][2]["cu_seq_lens_q"].tolist() == seen[-1][2]["cu_seq_lens_k"].tolist() == [0, 3, 10, 12]

@@ -176,6 +176,55 @@ def test_checkpointing_the_language_model_keeps_gradients():
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
+def shared_prefix(lengths, ids):
+    """How many ids the rows begin with before the first video token of one."""
+    stops = [(row == load_config("tiny").video_token_id).nonzero()[0] for row in ids]
+    differs = (ids[:, : min(lengths)] != ids[0, : min(lengths)]).any(0).nonzero()[:1, 0]
+    return int(min([*stops, *differs]))
+
+
+def answers_of(ids):
+    """Learn to say what stands in the row, in front of <ACTION>."""
+    labels = torch.full_like(ids, -100)
+    labels[:, -6:-2] = ids[:, -5:-1]
+    return labels
+
+
+@pytest.mark.parametrize("clips", [CLIPS[:1] * 3, CLIPS], ids=["equal", "of every size"])
+@pytest.mark.parametrize("reads", ["state", "tokens", "answers", "state, checkpointed"])
+def test_a_shared_prefix_is_computed_once_for_the_same_logits_and_gradients(clips, reads):
+    classifier = make_classifier(answers=reads == "answers", decoder_type="attention" if reads == "tokens" else "mlp")
+    if "checkpointed" in reads:
+        classifier.inner.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        classifier.train()
+    rows = []
+    classifier.inner.language_model.layers[0].mlp.register_forward_pre_hook(lambda _, x: rows.append(x[0].shape[1]))
+    batch = make_batch(clips)
+    lengths, ids = batch[2], batch[3]
+    labels = answers_of(ids) if reads == "answers" else None
+    prefix = shared_prefix(lengths, ids)
+    assert prefix > 40
+    trained = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
+    outputs, grads = [], []
+    for count in (0, prefix):
+        out = classifier(*batch, answer_labels_BL=labels, prefix=count)
+        outputs.append(torch.cat([part.flatten() for part in out]) if labels is not None else out.flatten())
+        grads.append(torch.autograd.grad(outputs[-1].square().sum(), [*trained.values()]))
+    assert sorted({*rows}) == [sum(lengths) - (len(clips) - 1) * prefix, sum(lengths)]
+    torch.testing.assert_close(outputs[1], outputs[0], atol=2e-6, rtol=1e-5)
+    for name, plain, shared in zip(trained, *grads, strict=True):
+        torch.testing.assert_close(shared, plain, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    # Unless it is left alone, or there are no gradients: then a row is computed as if it were alone.
+    rows.clear()
+    classifier.share_prefix = False
+    classifier(*batch, answer_labels_BL=labels, prefix=prefix)
+    classifier.share_prefix = True
+    with torch.no_grad():
+        without = [classifier(*batch, answer_labels_BL=labels, prefix=count) for count in (0, prefix)]
+    assert {*rows} == {sum(lengths)}
+    torch.testing.assert_close(*without, atol=0, rtol=0)
+
+
 def test_each_row_gets_the_logits_of_its_own_head_and_no_class_beyond():
     classifier = make_classifier(classes={"few": 3, "many": 6})
     *batch, _ = make_batch()

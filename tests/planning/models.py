@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,14 +44,14 @@ def built(config: Config) -> tuple[ActionClassifier, Any]:
     return classifier.train(), make_batch([(FRAMES, HEIGHT, WIDTH, 0.5, DEFAULT_PROMPT)] * count)
 
 
-def planned(config: Config, inputs: Any, *, stage: int = 2) -> Workload:
+def planned(config: Config, inputs: Any, *, stage: int = 2, prefix: int = 0) -> Workload:
     model, _ = read_architecture("tiny")
     lengths = inputs[2]
     clips = Clips(len(lengths), FRAMES, HEIGHT, WIDTH, text_tokens=0)
-    clips = Clips(len(lengths), FRAMES, HEIGHT, WIDTH, text_tokens=lengths[0] - clips.video_tokens(model))
+    clips = replace(clips, text_tokens=lengths[0] - clips.video_tokens(model), prefix=prefix)
     return Workload.of(config, model, clips, (CLASSES,), on_gpu=False, stage=stage)
 
 
-def loss_of(classifier: ActionClassifier, inputs: Any) -> torch.Tensor:
+def loss_of(classifier: ActionClassifier, inputs: Any, prefix: int = 0) -> torch.Tensor:
     torch.manual_seed(0)
-    return F.cross_entropy(classifier(*inputs), torch.zeros(len(inputs[2]), dtype=torch.long))
+    return F.cross_entropy(classifier(*inputs, prefix=prefix), torch.zeros(len(inputs[2]), dtype=torch.long))

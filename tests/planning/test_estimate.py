@@ -32,8 +32,10 @@ def test_text_is_as_long_as_the_encoder_makes_it(prompt: str, template: str) -> 
     encoder = build_encoder(model_spec(config))
     frames, height, width, seconds, _ = CLIPS[0]
     grid = encoder.grid(frames, height, width)
-    found = len(encoder.encode(prompt, grid, seconds)) - encoder.geometry.num_tokens(grid)
-    assert gather_facts(config).clip.text_tokens == found
+    text, clip = encoder.encode(prompt, grid, seconds), gather_facts(config).clip
+    assert clip.text_tokens == len(text) - encoder.geometry.num_tokens(grid)
+    assert clip.prefix == text.video_start
+    assert gather_facts(recipe(prompt=prompt, template=template, share_prefix=False)).clip.prefix == 0
 
 
 def test_partitions_shrink_with_the_ranks() -> None:

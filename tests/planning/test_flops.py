@@ -39,15 +39,16 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("prefix", [0, 40])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_flops_are_those_of_the_products_that_run(options: dict[str, Any]) -> None:
+def test_flops_are_those_of_the_products_that_run(options: dict[str, Any], prefix: int) -> None:
     # Written-out attention, because a fused one's products are not seen.
     config = recipe(**options, flash_attn="eager", bf16=False)
     classifier, inputs = built(config)
-    work = planned(config, inputs)
+    work = planned(config, inputs, prefix=prefix)
     products = micro_batch(work)
     with Products() as forward:
-        loss = loss_of(classifier, inputs)
+        loss = loss_of(classifier, inputs, prefix)
     with Products() as backward:
         loss.backward()
     # The attention head's one query a clip is left out, 0.01 %.

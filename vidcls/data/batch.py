@@ -27,7 +27,7 @@ class EncodedText(Protocol):
     """Token ids int64 [L] and rotary positions int64 [3, L].
 
     action_position: where <ACTION> stands, L - 1 unless an answer follows. answer_start: the first of the ids that a
-    language model is to predict; L without an answer.
+    language model is to predict; L without an answer. video_start: the first of the video's.
     """
 
     @property
@@ -38,6 +38,8 @@ class EncodedText(Protocol):
     def action_position(self) -> int: ...
     @property
     def answer_start(self) -> int: ...
+    @property
+    def video_start(self) -> int: ...
 
 
 class ClipEncoder(Protocol):
@@ -123,6 +125,7 @@ class Batch:
     shares_B: torch.Tensor  # float32, the second label's part of the target; 0 where nothing was mixed
     weights_B: torch.Tensor  # float32
     keys: tuple[str, ...]
+    prefix: int = 0  # tokens before the video's that all rows begin with
     answer_labels_BL: torch.Tensor | None = None  # int64, the next token where an answer is to be said, else -100
     features_VD: torch.Tensor | None = None  # stored vision features, clip after clip: the tower is not called then
     # (data set and key, reason) of rows that could not be read: black, label 0, weight 0
@@ -147,6 +150,7 @@ class Batch:
             "position_ids_3BL": self.position_ids_3BL,
             "action_positions_B": self.action_positions_B,
             "heads_B": self.heads_B,
+            "prefix": self.prefix,
             **{name: tensor for name, tensor in optional.items() if tensor is not None},
         }
 
@@ -182,6 +186,7 @@ class Batch:
             input_ids_BL=self.input_ids_BL[one, :length],
             position_ids_3BL=self.position_ids_3BL[:, one, :length],
             keys=self.keys[one],
+            prefix=0,
         )
 
     def _each_tensor(self, function: Any) -> Batch:
@@ -254,6 +259,18 @@ def collate(clips: list[PreparedClip], weight: float = 1.0, frames: np.ndarray |
         shares_B=torch.tensor([clip.share for clip in clips], dtype=torch.float32),
         weights_B=torch.from_numpy(weights_B),
         keys=tuple(clip.key for clip in clips),
+        prefix=_prefix(clips),
         answer_labels_BL=torch.from_numpy(answer_labels_BL) if has_answers else None,
         bad=tuple((clip.key, clip.bad) for clip in clips if clip.bad),
     )
+
+
+def _prefix(clips: list[PreparedClip]) -> int:
+    """How many ids, and with them positions, all texts begin with before the first of a video's; 0 for a single one."""
+    if len(clips) == 1:
+        return 0
+    starts = [clip.text.input_ids[: clip.text.video_start] for clip in clips]
+    shortest = min(map(len, starts))
+    rows = np.stack([start[:shortest] for start in starts])
+    differs = (rows != rows[0]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else shortest

@@ -97,6 +97,7 @@ class _NoText:
     position_ids: np.ndarray
     action_position: int = 0
     answer_start: int = 1
+    video_start: int = 0
 
 
 @dataclass(frozen=True)

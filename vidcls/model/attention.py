@@ -1,7 +1,10 @@
 """Attention over pieces of one long row of tokens: clips of a batch, windows of a frame. Nothing is padded.
 
-Shape suffixes: N tokens of all pieces, P pieces, L tokens of a piece, R rows that ask, H heads, G key and value heads,
-E values of a head.
+Pieces may begin alike: under causal attention their states are alike too, as far as they do. The row then has that
+prefix once, in front of everything; only attention itself sees it in every piece.
+
+Shape suffixes: N tokens of all pieces, S tokens of the row (N without shared prefixes), P pieces, L tokens of a piece,
+R rows that ask, H heads, G key and value heads, E values of a head.
 """
 
 from __future__ import annotations
@@ -38,8 +41,10 @@ class Group:
 class Pieces:
     """How a row of tokens is cut, one piece behind the other.
 
-    lasts: the last token of each piece. bounds: int32 [P + 1], where pieces begin and the last one ends. token_back,
-    piece_back: from the groups' tokens or pieces, one group behind the other, to the row; None with a single group.
+    lasts: the last token of each piece, in the row. bounds: int32 [P + 1], where pieces begin and the last one ends,
+    each with the prefix. token_back, piece_back: from the groups' tokens or pieces, one group behind the other, to
+    theirs in order; None with a single group. cuts: lengths of the prefix and of what follows it in each piece; empty
+    where none is shared.
     """
 
     longest: int
@@ -48,29 +53,68 @@ class Pieces:
     bounds: torch.Tensor
     token_back: torch.Tensor | None
     piece_back: torch.Tensor | None
+    cuts: tuple[int, ...] = ()
+
+    def unfold(self, row: torch.Tensor) -> torch.Tensor:
+        """[S, ...] -> [N, ...]: the shared prefix in front of every piece."""
+        if not self.cuts:
+            return row
+        prefix, *owns = row.split(self.cuts)
+        return torch.cat([part for own in owns for part in (prefix, own)])
+
+    def fold(self, row: torch.Tensor) -> torch.Tensor:
+        """[N, ...] -> [S, ...]: of the prefix that of the first piece, for all are alike."""
+        if not self.cuts:
+            return row
+        prefix, *owns = self.cuts
+        parts = row.split([part for own in owns for part in (prefix, own)])
+        return torch.cat([parts[0], *parts[1::2]])
 
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)  # ordinary tensors even when evaluation makes them: training could not save the others
-def pieces_of(lengths: tuple[int, ...], device: torch.device) -> Pieces:
-    """Pieces of these lengths; kept, because batches come in the same ones."""
+def pieces_of(lengths: tuple[int, ...], device: torch.device, prefix: int = 0) -> Pieces:
+    """Pieces of these lengths, of which the first `prefix` tokens are shared; kept, because batches come in the same
+    ones."""
     each = torch.tensor(lengths)
     ends = each.cumsum(0)
     bounds = torch.cat([torch.zeros(1, dtype=torch.int32), ends.to(torch.int32)])
-    common = max(lengths), (ends - 1).to(device), bounds.to(device)
+    lasts = prefix + (each - prefix).cumsum(0) - 1
+    common = max(lengths), lasts.to(device), bounds.to(device)
+    cuts = (prefix, *(length - prefix for length in lengths)) if prefix else ()
     if len(set(lengths)) == 1:
-        return Pieces(common[0], (Group(lengths[0], None, None),), *common[1:], None, None)
+        return Pieces(common[0], (Group(lengths[0], None, None),), *common[1:], None, None, cuts)
     groups, numbers, tokens = [], [], []
     for length in dict.fromkeys(lengths):
         own = (each == length).nonzero()[:, 0]
         numbers.append(own)
         tokens.append((ends[own, None] - length + torch.arange(length)).flatten())
         groups.append(Group(length, own.to(device), tokens[-1].to(device)))
-    backs = (torch.cat(parts).argsort().to(device) for parts in (tokens, numbers))
-    return Pieces(common[0], tuple(groups), *common[1:], *backs)
+    token_back, piece_back = (torch.cat(parts).argsort().to(device) for parts in (tokens, numbers))
+    return Pieces(common[0], tuple(groups), *common[1:], token_back, piece_back, cuts)
 
 
 def attend(
+    module: Any,
+    q_RHE: torch.Tensor,
+    k_SGE: torch.Tensor,
+    v_SGE: torch.Tensor,
+    pieces: Pieces,
+    *,
+    causal: bool,
+    lasts_only: bool = False,
+) -> torch.Tensor:
+    """Attention within each piece: [R, H, E], R all of the row or, with `lasts_only`, the last token of each piece.
+
+    `module` is transformers' attention module, whose config names the implementation.
+    """
+    k_NGE, v_NGE = pieces.unfold(k_SGE), pieces.unfold(v_SGE)
+    if lasts_only:
+        return _within(module, q_RHE, k_NGE, v_NGE, pieces, causal=causal, lasts_only=True)
+    return pieces.fold(_within(module, pieces.unfold(q_RHE), k_NGE, v_NGE, pieces, causal=causal, lasts_only=False))
+
+
+def _within(
     module: Any,
     q_RHE: torch.Tensor,
     k_NGE: torch.Tensor,
@@ -78,12 +122,9 @@ def attend(
     pieces: Pieces,
     *,
     causal: bool,
-    lasts_only: bool = False,
+    lasts_only: bool,
 ) -> torch.Tensor:
-    """Attention within each piece: [R, H, E], R all tokens or, with `lasts_only`, the last one of each piece.
-
-    `module` is transformers' attention module, whose config names the implementation.
-    """
+    """`attend` where every piece is whole."""
     implementation = module.config._attn_implementation
     if implementation.startswith("flash_attention"):
         return _flash(implementation, module, (q_RHE, k_NGE, v_NGE), pieces, causal=causal, lasts_only=lasts_only)

@@ -1,7 +1,7 @@
 """ActionClassifier: frames and prompts -> class logits. Logits over the vocabulary only for answers that are learned.
 
-Shape suffixes: B batch, L sequence, D hidden, C classes, N tokens of all rows (or patches), V video tokens,
-R tokens that are read, P values of a patch.
+Shape suffixes: B batch, L sequence, D hidden, C classes, N tokens of all rows (or patches), S of them those that are
+computed, V video tokens, R tokens that are read, P values of a patch.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ class ActionClassifier(nn.Module):
         action_token_id: int,
         geometry: VisionGeometry,
         language_head: LanguageHead | None = None,
+        share_prefix: bool = True,
     ) -> None:
         """Raises ValueError when a head's or the token's width is not the language model's.
 
         Args:
             language_head: the vocabulary matrix, for a loss on answers.
+            share_prefix: in training, compute what all rows begin with once.
         """
         super().__init__()
         self.backbone = backbone
@@ -81,6 +83,7 @@ class ActionClassifier(nn.Module):
         self.action_token = action_token.to(self.dtype)
         self.heads = nn.ModuleDict({name: head.to(self.dtype) for name, head in heads.items()})
         self.language_head = language_head
+        self.share_prefix = share_prefix
         self.num_classes = tuple(head.num_classes for head in heads.values())
         self.geometry = geometry
         self.action_token_id = action_token_id
@@ -112,6 +115,7 @@ class ActionClassifier(nn.Module):
         heads_B: torch.Tensor,
         answer_labels_BL: torch.Tensor | None = None,
         features_VD: torch.Tensor | None = None,
+        prefix: int = 0,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """float32 logits_BC, C the most classes that a head has: -inf for those that a row's own head has not.
 
@@ -121,6 +125,8 @@ class ActionClassifier(nn.Module):
         `heads_B` which head classifies it. With `answer_labels_BL` (the next token's id where it is to be predicted,
         else -100) also returns the float32 answer_losses_B of the language head. `features_VD`, what `encode_video`
         once gave for all clips, stands for their frames, which are not looked at: the vision tower is not called.
+        All rows begin with the same `prefix` tokens, before their video's: with gradients these are computed once, with
+        one dropout mask; without, a row's logits do not depend on what stands beside it.
         """
         batch, longest = input_ids_BL.shape
         if len(grid_thw) != batch or len(lengths) != batch:
@@ -130,29 +136,32 @@ class ActionClassifier(nn.Module):
         device = input_ids_BL.device
         language_model = self.inner.language_model
         video_VD = self.encode_video(frames, grid_thw) if features_VD is None else features_VD
-        tokens_N = _tokens(lengths, longest, device)
-        input_ids_N = _packed(input_ids_BL.flatten(), tokens_N)
-        is_video_N, is_action_N = input_ids_N == self.video_token_id, input_ids_N == self.action_token_id
-        embeds_ND = language_model.embed_tokens(input_ids_N)
-        embeds_ND = embeds_ND.masked_scatter(is_video_N[:, None], video_VD.to(embeds_ND.dtype))
-        embeds_ND = self.action_token(embeds_ND, is_action_N)
+        shared = prefix if self.share_prefix and torch.is_grad_enabled() and batch > 1 else 0
+        pieces, tokens_S = pieces_of(lengths, device, shared), _tokens(lengths, longest, device, shared)
+        input_ids_S = _packed(input_ids_BL.flatten(), tokens_S)
+        is_video_S, is_action_S = input_ids_S == self.video_token_id, input_ids_S == self.action_token_id
+        embeds_SD = language_model.embed_tokens(input_ids_S)
+        embeds_SD = embeds_SD.masked_scatter(is_video_S[:, None], video_VD.to(embeds_SD.dtype))
+        embeds_SD = self.action_token(embeds_SD, is_action_S)
         lasts_only = answer_labels_BL is None and not self._heads_read_tokens
         language_out = language_model(
-            inputs_embeds=embeds_ND[None],
-            position_ids=_packed(position_ids_3BL.flatten(1), tokens_N)[:, None],
+            inputs_embeds=embeds_SD[None],
+            position_ids=_packed(position_ids_3BL.flatten(1), tokens_S)[:, None],
             attention_mask={"full_attention": None},  # attention is cut into pieces, and within them causal
             use_cache=False,
-            pieces=pieces_of(lengths, device),
+            pieces=pieces,
             lasts_only=lasts_only,
         )
         hidden_RD = language_out.last_hidden_state[0].to(self.dtype)
         if lasts_only:
             return self._classify(hidden_RD, heads_B, {})
-        hidden_BLD = _padded(hidden_RD, tokens_N, batch, longest)
+        tokens_N = _tokens(lengths, longest, device)
+        hidden_BLD = _padded(pieces.unfold(hidden_RD), tokens_N, batch, longest)
         state_BD = hidden_BLD[torch.arange(batch, device=device), action_positions_B]
         read = {}
         if self._heads_read_tokens:
-            is_read_BL = _padded((is_video_N | is_action_N)[:, None], tokens_N, batch, longest)[..., 0]
+            is_read_N1 = pieces.unfold(is_video_S | is_action_S)[:, None]
+            is_read_BL = _padded(is_read_N1, tokens_N, batch, longest)[..., 0]
             read = {"tokens_BLD": hidden_BLD, "mask_BL": is_read_BL}
         logits_BC = self._classify(state_BD, heads_B, read)
         if answer_labels_BL is None:
@@ -206,17 +215,18 @@ class ActionClassifier(nn.Module):
 
 @functools.lru_cache(maxsize=LAYOUT_CACHE)
 @torch.inference_mode(False)
-def _tokens(lengths: tuple[int, ...], longest: int, device: torch.device) -> torch.Tensor | None:
-    """Where the tokens of all rows are among B x `longest`, row after row; None when there is no padding."""
-    if set(lengths) == {longest}:
+def _tokens(lengths: tuple[int, ...], longest: int, device: torch.device, shared: int = 0) -> torch.Tensor | None:
+    """Where the tokens of all rows are among B x `longest`, row after row, the first `shared` those of row 0 alone;
+    None when these are all."""
+    if set(lengths) == {longest} and not shared:
         return None
-    rows = [torch.arange(length) + row * longest for row, length in enumerate(lengths)]
+    rows = [torch.arange(shared if row else 0, length) + row * longest for row, length in enumerate(lengths)]
     return torch.cat(rows).to(device)
 
 
-def _packed(values: torch.Tensor, tokens_N: torch.Tensor | None) -> torch.Tensor:
-    """The last dimension, B x L, without its padding."""
-    return values if tokens_N is None else values[..., tokens_N]
+def _packed(values: torch.Tensor, tokens_S: torch.Tensor | None) -> torch.Tensor:
+    """Of the last dimension, B x L, these tokens."""
+    return values if tokens_S is None else values[..., tokens_S]
 
 
 def _padded(values_ND: torch.Tensor, tokens_N: torch.Tensor | None, batch: int, longest: int) -> torch.Tensor:

@@ -3,7 +3,8 @@
 `speed_up` puts them into a backbone, module by module: names, parameters and the loops over the layers stay, and so do
 gradient checkpointing, torch.compile and ZeRO's hooks. The rows of a batch come as one row of `Pieces` (attention.py).
 
-Shape suffixes: N tokens or patches, D hidden, H heads, G key and value heads, E values of a head, R rows that are read.
+Shape suffixes: N tokens or patches of the row, D hidden, H heads, G key and value heads, E values of a head, R rows
+that are read.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ class TrainingExtras:
     torch_compile: bool = False
     answers: bool = False
     adapter: Path | None = None
+    share_prefix: bool = True
 
 
 def build_encoder(spec: ModelSpec, *, trust_remote_code: bool = False) -> PromptEncoder:
@@ -166,6 +167,7 @@ def build_model(
         action_token_id=encoder.action_token_id,
         geometry=encoder.geometry,
         language_head=language_head,
+        share_prefix=extras.share_prefix,
     )
     if extras.gradient_checkpointing:
         # On the parts with layers only: on the whole model it would hook the frozen vision tower too. Not reentrant,

@@ -35,6 +35,8 @@ class EncodedPrompt:
     """where <ACTION> stands: L - 1 unless an answer follows"""
     answer_start: int
     """the first id of the answer; L if there is none"""
+    video_start: int
+    """the first of the video's tokens"""
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 1 or self.input_ids.dtype != np.int64:
@@ -43,8 +45,11 @@ class EncodedPrompt:
             raise ValueError(
                 f"position_ids are {self.position_ids.dtype} {self.position_ids.shape}; need int64 (3, {len(self)})"
             )
-        if not 0 <= self.action_position < self.answer_start <= len(self):
-            raise ValueError(f"action_position {self.action_position}, answer_start {self.answer_start} of {len(self)}")
+        if not 0 <= self.video_start <= self.action_position < self.answer_start <= len(self):
+            raise ValueError(
+                f"video_start {self.video_start}, action_position {self.action_position}, "
+                f"answer_start {self.answer_start} of {len(self)}"
+            )
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -153,7 +158,7 @@ class PromptEncoder:
         positions = rope_positions(len(before), grid, len(after) + len(behind), seconds_per_grid, self.geometry)
         action = len(before) + video_tokens + len(after) - 1
         answer_start = needed if answer is None else action + 1 + len(self._layout.to_answer)
-        return EncodedPrompt(ids, positions, action, answer_start)
+        return EncodedPrompt(ids, positions, action, answer_start, len(before))
 
     def _tokenise(self, prompt: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids in front of the video's tokens and ids behind them, up to <ACTION>."""

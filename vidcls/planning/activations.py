@@ -53,10 +53,11 @@ def _layer(block: Block, work: Workload) -> float:
     else:
         found += (rows + read) * (width * size + FLOAT)
     attention = block.attention
-    found += (read * width + 2 * rows * block.layers.kv_width) * size
+    found += (attention.queries * width + 2 * attention.tokens * block.layers.kv_width) * size
     if work.fused_attention:
-        has_output = any(p.name in ("o", "proj") and _inputs(p, work) for p in block.projections)
-        found += read * attention.heads * FLOAT + (0 if has_output else read * width * size)
+        shares_output = attention.queries == read  # else what it keeps is unfolded
+        has_output = any(p.name in ("o", "proj") and _inputs(p, work) for p in block.projections) and shares_output
+        found += attention.queries * (attention.heads * FLOAT + (0 if has_output else width * size))
     else:
         found += attention.scores * size
     return found + 2 * read * block.layers.inner * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ LETTERS_PER_TOKEN = 4
 ANSWER_TOKENS = 14
 CLASSES = 100
 SPECIAL_TOKENS = {"qwen2_vl": 6, "empty": 3}  # of the template, the video and <ACTION>
+BEHIND_VIDEO = 2  # of them
 DEEPSPEED_FILES = {2: "ds_configs/zero2.json", 3: "ds_configs/zero3.json"}
 
 
@@ -95,12 +97,14 @@ def gather_facts(config: Config, *, clips: int | None = None, frames: int | None
     classes = _classes(config, indexes, assumptions)
     if clips is None and len(indexes) == len(config.train_sets):
         clips = sum(map(len, indexes))
-    text = max(_text_tokens(config, each.prompt, assumptions) for each in config.train_sets)
+    prompts = [each.prompt for each in config.train_sets]
+    text = max(_text_tokens(config, prompt, assumptions) for prompt in prompts)
+    prefix = _prefix_tokens(config, prompts, assumptions) if config.model.share_prefix else 0
     answers = 0
     if config.optim.lm_loss_weight > 0:
         answers = ANSWER_TOKENS
         assumptions.append(f"an answer has {ANSWER_TOKENS} tokens")
-    clip = Clips(1, min(frames or usual, config.data.video_maxlen), height, width, text + answers, answers)
+    clip = Clips(1, min(frames or usual, config.data.video_maxlen), height, width, text + answers, answers, prefix)
     return Facts(model, clip, clips, classes, tuple(dict.fromkeys(assumptions)))
 
 
@@ -139,9 +143,20 @@ def _text_tokens(config: Config, prompt: str, assumptions: list[str]) -> int:
     """Tokens of a prompt with its template, up to <ACTION>, without the video's."""
     options = config.model
     words = prompt.replace(VIDEO_TAG, "").replace("<ACTION>", "").replace(options.action_token, "")
-    if options.template == "qwen2_vl":
+    return SPECIAL_TOKENS[options.template] + _count_words(config, words, assumptions)
+
+
+def _prefix_tokens(config: Config, prompts: list[str], assumptions: list[str]) -> int:
+    """Tokens before the video that all prompts begin with."""
+    alike = os.path.commonprefix([prompt.split(VIDEO_TAG)[0] for prompt in prompts])  # noqa: RUF071 - letters are meant
+    return SPECIAL_TOKENS[config.model.template] - BEHIND_VIDEO + _count_words(config, alike, assumptions)
+
+
+def _count_words(config: Config, words: str, assumptions: list[str]) -> int:
+    """Of a prompt, and before it those of its template."""
+    if config.model.template == "qwen2_vl":
         words = f"system\n{SYSTEM_TEXT}\nuser\n{words}"
-    return SPECIAL_TOKENS[options.template] + _count(options.model_name_or_path, words, assumptions)
+    return _count(config.model.model_name_or_path, words, assumptions)
 
 
 def _count(model: str, text: str, assumptions: list[str]) -> int:

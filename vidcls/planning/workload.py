@@ -17,7 +17,8 @@ Tuning = Literal["frozen", "lora", "full"]
 @dataclass(frozen=True)
 class Clips:
     """`count` clips in a micro-batch: frames, height and width of each in pixels, and the tokens of its text.
-    answers: tokens of an answer that is learned, at the end of the text."""
+    answers: tokens of an answer that is learned, at the end of the text. prefix: of the text, what all of them begin
+    with, if that is computed once."""
 
     count: int
     frames: int
@@ -25,6 +26,7 @@ class Clips:
     width: int
     text_tokens: int
     answers: int = 0
+    prefix: int = 0
 
     @property
     def pixel_bytes(self) -> int:
@@ -43,6 +45,10 @@ class Clips:
     def length(self, model: Architecture) -> int:
         """Tokens of a clip in the language model."""
         return self.video_tokens(model) + self.text_tokens
+
+    def row(self, model: Architecture) -> int:
+        """Tokens that the language model computes."""
+        return self.count * self.length(model) - (self.count - 1) * self.prefix
 
     def frame_lengths(self, model: Architecture) -> Counter[int]:
         """How many pieces of how many patches the tower's full attention has."""
@@ -120,6 +126,15 @@ class Attention:
     trains: bool
 
     @property
+    def tokens(self) -> int:
+        """Of all pieces."""
+        return sum(count * length for length, count in self.pieces)
+
+    @property
+    def queries(self) -> int:
+        return self.tokens if self.rows is None else sum(count * self.rows for _, count in self.pieces)
+
+    @property
     def scores(self) -> int:
         """Of all heads."""
         return self.heads * sum(count * length * (self.rows or length) for length, count in self.pieces)
@@ -167,7 +182,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        return self.clips.count * self.clips.length(self.model)
+        return self.clips.row(self.model)
 
     @property
     def value_bytes(self) -> int:
@@ -236,7 +251,7 @@ def _text_blocks(config: Config, model: Architecture, clips: Clips, tuning: Tuni
     text, length = model.text, clips.length(model)
     options = config.model
     lasts_only = options.action_decoder_type != "attention" and not clips.answers
-    tokens = clips.count * length
+    tokens = clips.row(model)
 
     def layer(name: str, inner: int, outer: int, *, bias: bool = False) -> Linear:
         targeted = options.lora_target == "all" or name in options.lora_target

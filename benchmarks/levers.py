@@ -64,7 +64,7 @@ def recomputed(model: ActionClassifier) -> Iterator[None]:
 
 @contextlib.contextmanager
 def vocabulary_logits(model: ActionClassifier) -> Iterator[None]:
-    """At every position, which the loss does not read: the embedding's matrix has the size of the language head's."""
+    """At every position of the row: the embedding's matrix has the size of the language head's."""
     language = model.inner.language_model
 
     def multiply(module: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:

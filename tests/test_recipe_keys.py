@@ -74,6 +74,7 @@ TESTED: dict[str, str] = {
     "enable_liger_kernel": f"{HERE}::test_what_is_used_instead",
     "gradient_checkpointing": f"{HERE}::test_gradient_checkpointing",
     "torch_compile": f"{HERE}::test_torch_compile",
+    "share_prefix": f"{HERE}::test_share_prefix",
     "prepack_weights": f"{PREPACKING}::test_numbers_are_the_same_with_and_without",
     "dataset": f"{HERE}::test_dataset_by_name",
     "datasets": f"{HERE}::test_datasets",
@@ -467,6 +468,15 @@ def test_torch_compile(build: Callable[..., ActionClassifier]) -> None:
 
     assert compiled() == [False, False]
     assert compiled(torch_compile=True) == [True, True]
+
+
+def test_share_prefix(build: Callable[..., ActionClassifier]) -> None:
+    def shares(**changes: Any) -> bool:
+        return build(**changes).share_prefix
+
+    assert shares()
+    assert not shares(share_prefix=False)
+    assert not shares(torch_compile=True)  # it would be compiled anew for each number of clips
 
 
 # The data

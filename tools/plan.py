@@ -100,7 +100,8 @@ def assumptions(facts: Facts, machine: Machine, cluster: Cluster) -> list[str]:
     clip = facts.clip
     found = [
         *facts.assumptions,
-        f"every clip has {clip.frames} frames of {clip.height}x{clip.width} and {clip.text_tokens} tokens of text",
+        f"every clip has {clip.frames} frames of {clip.height}x{clip.width} and {clip.text_tokens} tokens of text"
+        + (f", the first {clip.prefix} of them in common" if clip.prefix else ""),
         *machine.assumptions,
         "loading data is not waited for, evaluation and checkpoints are not counted",
     ]

@@ -107,4 +107,8 @@ def test_flash_attention_gets_the_bounds_of_the_pieces(monkeypatch):
     row = [torch.cat(parts) for parts in again]
     assert torch.equal(attend(module, *row, pieces_of((3, 7, 2), CPU, 1), causal=True), row[0])
     assert [seen[-1][0][2], seen[-1][1][2]] == [12, 12]
-    assert seen[-1][2]["cu_seq_lens_q"].tolist() == seen[-1][2]["cu_seq_lens_k"].tolist() == [0, 3, 10, 12]
+    attend(module, row[0][:3], *row[1:], pieces_of((3, 7, 2), CPU, 1), causal=True, lasts_only=True)
+    assert [seen[-1][0][2], seen[-1][1][2]] == [3, 12]
+    *_, whole, last = (options for *_, options in seen)
+    assert whole["cu_seq_lens_q"].tolist() == whole["cu_seq_lens_k"].tolist() == [0, 3, 10, 12]
+    assert (last["cu_seq_lens_q"].tolist(), last["cu_seq_lens_k"].tolist()) == ([0, 1, 2, 3], [0, 3, 10, 12])

@@ -26,14 +26,14 @@ CLIPS = (  # frames, height, width, seconds per grid step, prompt
 )
 
 
-def make_classifier(*, lora=True, dtype=torch.float32, classes=None, answers=False, decoder_type="mlp"):
+def make_classifier(*, lora=True, dtype=torch.float32, classes=None, answers=False, decoder_type="mlp", dropout=0.0):
     """`classes`: by head, in place of a single one with 6."""
     backbone = load_backbone("tiny", dtype=dtype)
     tokenizer, token_id = load_tokenizer("tiny")
     token = ActionToken(action_token_init("tiny", tokenizer, dtype))
     language_head = LanguageHead(backbone.language_model.embed_tokens.weight) if answers else None
     if lora:
-        backbone = tune(backbone, TuningSettings(lora_rank=4), seed=0)
+        backbone = tune(backbone, TuningSettings(lora_rank=4, lora_dropout=dropout), seed=0)
         generator = torch.Generator().manual_seed(0)
         for name, parameter in backbone.named_parameters():
             if "lora_B" in name:
@@ -223,6 +223,36 @@ def test_a_shared_prefix_is_computed_once_for_the_same_logits_and_gradients(clip
         without = [classifier(*batch, answer_labels_BL=labels, prefix=count) for count in (0, prefix)]
     assert {*rows} == {sum(lengths)}
     torch.testing.assert_close(*without, atol=0, rtol=0)
+
+
+def test_a_shared_prefix_in_bf16_is_as_far_from_float32_as_separate_clips_are():
+    batch = make_batch(CLIPS[:1] * 4)
+    prefix, grads = shared_prefix(batch[2], batch[3]), []
+    for dtype, count in ((torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, prefix)):
+        classifier = make_classifier(dtype=dtype)
+        classifier(*batch, prefix=count).square().sum().backward()
+        grads.append(torch.cat([p.grad.float().flatten() for p in classifier.parameters() if p.requires_grad]))
+    exact, separate, shared = grads
+    apart = (separate - exact).norm() / exact.norm()
+    assert 1e-3 < apart < 0.1
+    assert (shared - exact).norm() / exact.norm() < 1.5 * apart
+
+
+def test_dropout_masks_of_a_shared_prefix_are_those_of_its_tokens_and_come_again_when_recomputed():
+    batch = make_batch(CLIPS[:1] * 3)
+    prefix, results = shared_prefix(batch[2], batch[3]), []
+    for checkpointing in (False, True):
+        classifier = make_classifier(dropout=0.3).train()
+        if checkpointing:
+            classifier.inner.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        logits_BC = classifier(*batch, prefix=prefix)
+        logits_BC.square().sum().backward()
+        results.append([logits_BC.detach(), *(p.grad for p in classifier.parameters() if p.requires_grad)])
+    for plain, again in zip(*results, strict=True):
+        torch.testing.assert_close(plain, again)
+    first, second, _ = results[0][0]
+    assert not torch.allclose(first, second, atol=1e-4)  # equal clips, each with masks of its own behind the prefix
 
 
 def test_each_row_gets_the_logits_of_its_own_head_and_no_class_beyond():

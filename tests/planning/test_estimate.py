@@ -38,6 +38,21 @@ def test_text_is_as_long_as_the_encoder_makes_it(prompt: str, template: str) -> 
     assert gather_facts(recipe(prompt=prompt, template=template, share_prefix=False)).clip.prefix == 0
 
 
+def test_a_plan_shares_what_all_prompts_begin_with_where_it_pays() -> None:
+    def row(clips: int, **options: object) -> int:
+        config = recipe(**options)
+        facts = gather_facts(config, frames=8)
+        clip = replace(facts.clip, count=clips, height=112, width=112)
+        return clips * clip.length(facts.model) - clip.row(facts.model)
+
+    lead = gather_facts(recipe()).clip.prefix
+    assert (row(1), row(4)) == (0, 3 * lead)
+    assert row(4, torch_compile=True) == row(4, share_prefix=False) == 0
+    assert row(4, template="empty") == 0  # the video's start alone
+    several = [{"name": name, "dataset": "data/none", "prompt": f"{name} <video> <ACTION>"} for name in ("one", "two")]
+    assert row(2, dataset=None, datasets=several) == lead - 1
+
+
 def test_partitions_shrink_with_the_ranks() -> None:
     alone, many = plan(), plan(Cluster(1, 8, 1e9))
     assert many.memory.masters_and_moments == alone.memory.masters_and_moments / 8

@@ -17,6 +17,7 @@ import torch
 
 from vidcls.data.codecs import resize_frames
 from vidcls.data.frames import view
+from vidcls.options import LEAST_SHARED
 
 Grid = tuple[int, int, int]
 IGNORED = -100
@@ -125,7 +126,7 @@ class Batch:
     shares_B: torch.Tensor  # float32, the second label's part of the target; 0 where nothing was mixed
     weights_B: torch.Tensor  # float32
     keys: tuple[str, ...]
-    prefix: int = 0  # tokens before the video's that all rows begin with
+    prefix: int = 0  # tokens before the video's that all rows begin with, where it pays to compute them once
     answer_labels_BL: torch.Tensor | None = None  # int64, the next token where an answer is to be said, else -100
     features_VD: torch.Tensor | None = None  # stored vision features, clip after clip: the tower is not called then
     # (data set and key, reason) of rows that could not be read: black, label 0, weight 0
@@ -266,11 +267,11 @@ def collate(clips: list[PreparedClip], weight: float = 1.0, frames: np.ndarray |
 
 
 def _prefix(clips: list[PreparedClip]) -> int:
-    """How many ids, and with them positions, all texts begin with before the first of a video's; 0 for a single one."""
-    if len(clips) == 1:
-        return 0
+    """How many ids, and with them positions, all texts begin with before the first of a video's; 0 for too few."""
     starts = [clip.text.input_ids[: clip.text.video_start] for clip in clips]
     shortest = min(map(len, starts))
     rows = np.stack([start[:shortest] for start in starts])
     differs = (rows != rows[0]).any(axis=0)
-    return int(differs.argmax()) if differs.any() else shortest
+    prefix = int(differs.argmax()) if differs.any() else shortest
+    tokens = sum(len(clip.text.input_ids) for clip in clips)
+    return prefix if (len(clips) - 1) * prefix >= LEAST_SHARED * tokens else 0

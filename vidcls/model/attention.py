@@ -57,18 +57,11 @@ class Pieces:
 
     def unfold(self, row: torch.Tensor) -> torch.Tensor:
         """[S, ...] -> [N, ...]: the shared prefix in front of every piece."""
-        if not self.cuts:
-            return row
-        prefix, *owns = row.split(self.cuts)
-        return torch.cat([part for own in owns for part in (prefix, own)])
+        return _Unfold.apply(row, self.cuts) if self.cuts else row
 
     def fold(self, row: torch.Tensor) -> torch.Tensor:
         """[N, ...] -> [S, ...]: of the prefix that of the first piece, for all are alike."""
-        if not self.cuts:
-            return row
-        prefix, *owns = self.cuts
-        parts = row.split([part for own in owns for part in (prefix, own)])
-        return torch.cat([parts[0], *parts[1::2]])
+        return _Fold.apply(row, self.cuts) if self.cuts else row
 
 
 @functools.lru_cache(maxsize=256)
@@ -92,6 +85,50 @@ def pieces_of(lengths: tuple[int, ...], device: torch.device, prefix: int = 0) -
         groups.append(Group(length, own.to(device), tokens[-1].to(device)))
     token_back, piece_back = (torch.cat(parts).argsort().to(device) for parts in (tokens, numbers))
     return Pieces(common[0], tuple(groups), *common[1:], token_back, piece_back, cuts)
+
+
+class _Unfold(torch.autograd.Function):
+    """Pieces.unfold. The gradient of the prefix is one sum over all pieces, rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, row: torch.Tensor, cuts: tuple[int, ...]) -> torch.Tensor:
+        ctx.cuts = cuts
+        prefix, *owns = row.split(cuts)
+        return _in_turns([prefix] * len(owns), owns)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        prefixes, owns = _turns(grad, ctx.cuts)
+        return torch.cat([torch.stack(prefixes).sum(0), *owns]), None
+
+
+class _Fold(torch.autograd.Function):
+    """Pieces.fold."""
+
+    @staticmethod
+    def forward(ctx: Any, row: torch.Tensor, cuts: tuple[int, ...]) -> torch.Tensor:
+        ctx.cuts = cuts
+        prefixes, owns = _turns(row, cuts)
+        return torch.cat([prefixes[0], *owns])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        prefix, *owns = grad.split(ctx.cuts)
+        unread = torch.zeros_like(prefix)
+        return _in_turns([prefix, *[unread] * (len(owns) - 1)], owns), None
+
+
+def _in_turns(prefixes: list[torch.Tensor], owns: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part for pair in zip(prefixes, owns, strict=True) for part in pair])
+
+
+def _turns(row: torch.Tensor, cuts: tuple[int, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Views of the prefixes and of what follows each."""
+    prefix, *owns = cuts
+    parts = row.split([part for own in owns for part in (prefix, own)])
+    return list(parts[::2]), list(parts[1::2])
 
 
 def attend(

@@ -3,7 +3,7 @@
 `speed_up` puts them into a backbone, module by module: names, parameters and the loops over the layers stay, and so do
 gradient checkpointing, torch.compile and ZeRO's hooks. The rows of a batch come as one row of `Pieces` (attention.py).
 
-Shape suffixes: N tokens or patches of the row, D hidden, H heads, G key and value heads, E values of a head, R rows
+Shape suffixes: N patches, S tokens of the row, D hidden, H heads, G key and value heads, E values of a head, R rows
 that are read.
 """
 
@@ -125,18 +125,18 @@ def _language_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """[1, R, D]: all tokens, or those of `lasts`, the last one of each piece."""
-    hidden_ND = hidden_states[0]
-    cos_N1E, sin_N1E = (table[0][:, None] for table in position_embeddings)
+    hidden_SD = hidden_states[0]
+    cos_S1E, sin_S1E = (table[0][:, None] for table in position_embeddings)
     if lasts is None:
-        q, k, v = project(hidden_ND, (self.q_proj, self.k_proj, self.v_proj))
-        cos_R1E, sin_R1E = cos_N1E, sin_N1E
+        q, k, v = project(hidden_SD, (self.q_proj, self.k_proj, self.v_proj))
+        cos_R1E, sin_R1E = cos_S1E, sin_S1E
     else:
-        k, v = project(hidden_ND, (self.k_proj, self.v_proj))
-        (q,) = project(hidden_ND[lasts], (self.q_proj,))
-        cos_R1E, sin_R1E = cos_N1E[lasts], sin_N1E[lasts]
-    q_RHE, k_NGE, v_NGE = (t.view(len(t), -1, self.head_dim) for t in (q, k, v))
-    q_RHE, k_NGE = _Rotary.apply(q_RHE, cos_R1E, sin_R1E), _Rotary.apply(k_NGE, cos_N1E, sin_N1E)
-    out_RHE = attend(self, q_RHE, k_NGE, v_NGE, pieces, causal=True, lasts_only=lasts is not None)
+        k, v = project(hidden_SD, (self.k_proj, self.v_proj))
+        (q,) = project(hidden_SD[lasts], (self.q_proj,))
+        cos_R1E, sin_R1E = cos_S1E[lasts], sin_S1E[lasts]
+    q_RHE, k_SGE, v_SGE = (t.view(len(t), -1, self.head_dim) for t in (q, k, v))
+    q_RHE, k_SGE = _Rotary.apply(q_RHE, cos_R1E, sin_R1E), _Rotary.apply(k_SGE, cos_S1E, sin_S1E)
+    out_RHE = attend(self, q_RHE, k_SGE, v_SGE, pieces, causal=True, lasts_only=lasts is not None)
     (out_RD,) = project(out_RHE.flatten(1), (self.o_proj,))
     return out_RD[None], None
 

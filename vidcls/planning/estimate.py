@@ -99,7 +99,9 @@ def gather_facts(config: Config, *, clips: int | None = None, frames: int | None
         clips = sum(map(len, indexes))
     prompts = [each.prompt for each in config.train_sets]
     text = max(_text_tokens(config, prompt, assumptions) for prompt in prompts)
-    prefix = _prefix_tokens(config, prompts, assumptions) if config.model.share_prefix else 0
+    stored = [prompt for index in indexes for prompt in index.prompts]
+    shares = config.model.share_prefix and not config.model.torch_compile
+    prefix = _prefix_tokens(config, prompts + stored, assumptions) if shares else 0
     answers = 0
     if config.optim.lm_loss_weight > 0:
         answers = ANSWER_TOKENS
@@ -148,8 +150,11 @@ def _text_tokens(config: Config, prompt: str, assumptions: list[str]) -> int:
 
 def _prefix_tokens(config: Config, prompts: list[str], assumptions: list[str]) -> int:
     """Tokens before the video that all prompts begin with."""
-    alike = os.path.commonprefix([prompt.split(VIDEO_TAG)[0] for prompt in prompts])  # noqa: RUF071 - letters are meant
-    return SPECIAL_TOKENS[config.model.template] - BEHIND_VIDEO + _count_words(config, alike, assumptions)
+    leads = {prompt.split(VIDEO_TAG)[0] for prompt in prompts}
+    alike = os.path.commonprefix([*leads])  # noqa: RUF071 - letters are meant
+    # The video's start follows a lead.
+    special = SPECIAL_TOKENS[config.model.template] - BEHIND_VIDEO - (len(leads) > 1)
+    return special + _count_words(config, alike, assumptions)
 
 
 def _count_words(config: Config, words: str, assumptions: list[str]) -> int:

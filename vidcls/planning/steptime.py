@@ -16,8 +16,9 @@ from vidcls.planning.workload import Block, Workload
 # Operations that the host starts for a layer, forward and backward of it, and around all layers; products not counted.
 FORWARD_OPERATIONS, BACKWARD_OPERATIONS, AROUND_OPERATIONS = 60, 55, 80
 # Plain passes over a row of a layer, forward and backward: residuals, rotary, rows cut into pieces and back. The tower
-# turns its queries and keys in float32.
+# turns its queries and keys in float32. UNFOLDING: of a shared prefix, over what every piece has.
 MOVES = {"language": 12, "vision": 60}
+UNFOLDING = 10
 OPTIMIZER_BYTES = 40  # of a trained number: gradient, master and moments read and written, norm and clipping
 SENT_GRADIENT, SENT_WEIGHT = 4, 2  # communication_data_type fp32; bf16
 
@@ -150,6 +151,8 @@ def _passes(block: Block, work: Workload, machine: Machine) -> float:
     found = (block.rows + block.read) * layers.width * each["norm"]
     found += block.read * layers.inner * each["swiglu"]
     found += MOVES[block.name] * block.rows * layers.width * each["move"]
+    if block.attention.tokens > block.rows:
+        found += UNFOLDING * block.attention.tokens * layers.width * each["move"]
     if not work.fused_attention:
         found += block.attention.scores * each["score"]
     if work.dropout:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from vidcls.config import Config
 from vidcls.model.shapes import Architecture, Layers
-from vidcls.options import ATTENTION_SIZE
+from vidcls.options import ATTENTION_SIZE, LEAST_SHARED
 
 Tuning = Literal["frozen", "lora", "full"]
 
@@ -18,7 +18,7 @@ Tuning = Literal["frozen", "lora", "full"]
 class Clips:
     """`count` clips in a micro-batch: frames, height and width of each in pixels, and the tokens of its text.
     answers: tokens of an answer that is learned, at the end of the text. prefix: of the text, what all of them begin
-    with, if that is computed once."""
+    with, to be computed once where it pays."""
 
     count: int
     frames: int
@@ -48,7 +48,9 @@ class Clips:
 
     def row(self, model: Architecture) -> int:
         """Tokens that the language model computes."""
-        return self.count * self.length(model) - (self.count - 1) * self.prefix
+        tokens = self.count * self.length(model)
+        spared = (self.count - 1) * self.prefix
+        return tokens - spared if spared >= LEAST_SHARED * tokens else tokens
 
     def frame_lengths(self, model: Architecture) -> Counter[int]:
         """How many pieces of how many patches the tower's full attention has."""

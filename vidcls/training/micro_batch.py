@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -138,7 +138,8 @@ class _Trial:
         """Forward and backward of so many clips. All ranks must call it with the same number."""
         source, sample = self._largest
         with distributed.all_or_none("reading the largest clip"):
-            batch = self._clips.read(Request((sample,) * clips, (source,) * clips)).to(self._engine.device)
+            batch = self._clips.read(Request((sample,) * clips, (source,) * clips))
+            batch = replace(batch, prefix=0).to(self._engine.device)  # other clips may share less than one with itself
         self._memory.start()
         try:
             outputs = self._engine.module(**batch.model_inputs())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,3 +130,23 @@ def test_only_frozen_layers_that_are_multiplied_here() -> None:
     assert not can_prepack(layers.a.weight)  # float32
     dora = make_layers(("a", "c"), use_dora=True)
     assert [each.out_features for each in multiplied_here(dora)] == [4]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="advice to Linux")
+def test_pages_of_a_matrix_that_is_read_no_more_are_the_first_to_go(tmp_path: Path) -> None:
+    def referenced() -> int:
+        """kB of the mapping that the system takes to be in use."""
+        mapping = Path("/proc/self/smaps").read_text().partition(str(tmp_path))[2]
+        return int(mapping.partition("Referenced:")[2].split()[0])
+
+    file, width = tmp_path / "weights", 512
+    stored = torch.randn(width, width).bfloat16()
+    file.write_bytes(stored.view(torch.int16).numpy().tobytes())
+    mapped = torch.from_file(str(file), shared=False, size=width**2, dtype=torch.bfloat16).view(width, width)
+    layer = linear(width, width)
+    layer.weight = nn.Parameter(mapped, requires_grad=False)
+    assert torch.equal(layer.weight, stored)
+    assert referenced() > 0
+    assert prepack([(layer, True)], 1e9, ranks=1) == (2 * stored.nbytes, 0)
+    assert referenced() == 0
+    assert torch.equal(layer.weight, stored)

@@ -19,7 +19,7 @@ ATTENTION_SIZE = 512  # of an attention head, where the hidden size is not small
 # Of a micro-batch's tokens those that share_prefix spares, at least: to put the prefix back in front of every clip,
 # attention copies its inputs and its output, which on a GPU takes about as long as 4 % of a layer's products (by data
 # sheets), and about as many bytes.
-LEAST_SHARED = 0.05
+LEAST_SPARED = 0.05
 PREPACKING_SHARE = 0.75  # of the memory that is free, for what prepack_weights adds
 EXCHANGING_RANKS = 2  # of a host among several: with more, training/reduction.py leaves gradients to DeepSpeed
 DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
@@ -34,6 +34,12 @@ TrueMeansLatest = BeforeValidator(
 CommaList = BeforeValidator(
     lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) and value != "all" else value
 )
+
+
+def spared_tokens(clips: int, prefix: int, tokens: int) -> int:
+    """Tokens, of those of all `clips`, that share_prefix does not compute; 0 where it does not pay."""
+    spared = (clips - 1) * prefix
+    return spared if spared >= LEAST_SPARED * tokens else 0
 
 
 class ConfigError(ValueError):
@@ -97,6 +103,11 @@ class ModelOptions(Section):
     prepack_weights: bool = Field(
         True, description="on a CPU, frozen bf16 weights once more as its products want them, while memory is free"
     )
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Not compiled: layers would be compiled anew for each number of clips."""
+        return self.share_prefix and not self.torch_compile
 
 
 class DatasetOptions(Section):

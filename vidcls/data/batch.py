@@ -17,7 +17,7 @@ import torch
 
 from vidcls.data.codecs import resize_frames
 from vidcls.data.frames import view
-from vidcls.options import LEAST_SHARED
+from vidcls.options import spared_tokens
 
 Grid = tuple[int, int, int]
 IGNORED = -100
@@ -260,18 +260,18 @@ def collate(clips: list[PreparedClip], weight: float = 1.0, frames: np.ndarray |
         shares_B=torch.tensor([clip.share for clip in clips], dtype=torch.float32),
         weights_B=torch.from_numpy(weights_B),
         keys=tuple(clip.key for clip in clips),
-        prefix=_prefix(clips),
+        prefix=_prefix(clips, int(lengths.sum())),
         answer_labels_BL=torch.from_numpy(answer_labels_BL) if has_answers else None,
         bad=tuple((clip.key, clip.bad) for clip in clips if clip.bad),
     )
 
 
-def _prefix(clips: list[PreparedClip]) -> int:
-    """How many ids, and with them positions, all texts begin with before the first of a video's; 0 for too few."""
+def _prefix(clips: list[PreparedClip], tokens: int) -> int:
+    """How many ids, and with them positions, all texts begin with before the first of a video's; 0 where sharing them
+    spares too few of all `tokens`."""
     starts = [clip.text.input_ids[: clip.text.video_start] for clip in clips]
     shortest = min(map(len, starts))
     rows = np.stack([start[:shortest] for start in starts])
     differs = (rows != rows[0]).any(axis=0)
     prefix = int(differs.argmax()) if differs.any() else shortest
-    tokens = sum(len(clip.text.input_ids) for clip in clips)
-    return prefix if (len(clips) - 1) * prefix >= LEAST_SHARED * tokens else 0
+    return prefix if spared_tokens(len(clips), prefix, tokens) else 0

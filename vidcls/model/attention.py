@@ -146,9 +146,9 @@ def attend(
     `module` is transformers' attention module, whose config names the implementation.
     """
     k_NGE, v_NGE = pieces.unfold(k_SGE), pieces.unfold(v_SGE)
-    if lasts_only:
-        return _within(module, q_RHE, k_NGE, v_NGE, pieces, causal=causal, lasts_only=True)
-    return pieces.fold(_within(module, pieces.unfold(q_RHE), k_NGE, v_NGE, pieces, causal=causal, lasts_only=False))
+    asked = q_RHE if lasts_only else pieces.unfold(q_RHE)
+    out = _within(module, asked, k_NGE, v_NGE, pieces, causal=causal, lasts_only=lasts_only)
+    return out if lasts_only else pieces.fold(out)
 
 
 def _within(

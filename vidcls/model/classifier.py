@@ -136,7 +136,7 @@ class ActionClassifier(nn.Module):
         device = input_ids_BL.device
         language_model = self.inner.language_model
         video_VD = self.encode_video(frames, grid_thw) if features_VD is None else features_VD
-        shared = prefix if self.share_prefix and torch.is_grad_enabled() and batch > 1 else 0
+        shared = prefix if self.share_prefix and torch.is_grad_enabled() else 0
         pieces, tokens_S = pieces_of(lengths, device, shared), _tokens(lengths, longest, device, shared)
         input_ids_S = _packed(input_ids_BL.flatten(), tokens_S)
         is_video_S, is_action_S = input_ids_S == self.video_token_id, input_ids_S == self.action_token_id

@@ -100,8 +100,7 @@ def gather_facts(config: Config, *, clips: int | None = None, frames: int | None
     prompts = [each.prompt for each in config.train_sets]
     text = max(_text_tokens(config, prompt, assumptions) for prompt in prompts)
     stored = [prompt for index in indexes for prompt in index.prompts]
-    shares = config.model.share_prefix and not config.model.torch_compile
-    prefix = _prefix_tokens(config, prompts + stored, assumptions) if shares else 0
+    prefix = _prefix_tokens(config, prompts + stored, assumptions) if config.model.shares_prefix else 0
     answers = 0
     if config.optim.lm_loss_weight > 0:
         answers = ANSWER_TOKENS

@@ -9,7 +9,7 @@ from typing import Literal
 
 from vidcls.config import Config
 from vidcls.model.shapes import Architecture, Layers
-from vidcls.options import ATTENTION_SIZE, LEAST_SHARED
+from vidcls.options import ATTENTION_SIZE, spared_tokens
 
 Tuning = Literal["frozen", "lora", "full"]
 
@@ -49,8 +49,7 @@ class Clips:
     def row(self, model: Architecture) -> int:
         """Tokens that the language model computes."""
         tokens = self.count * self.length(model)
-        spared = (self.count - 1) * self.prefix
-        return tokens - spared if spared >= LEAST_SHARED * tokens else tokens
+        return tokens - spared_tokens(self.count, self.prefix, tokens)
 
     def frame_lengths(self, model: Architecture) -> Counter[int]:
         """How many pieces of how many patches the tower's full attention has."""

@@ -21,7 +21,7 @@ def build(run: Run) -> tuple[Engine, WeightAverage | None]:
         gradient_checkpointing=options.gradient_checkpointing,
         torch_compile=options.torch_compile,
         answers=optim.lm_loss_weight > 0,
-        share_prefix=options.share_prefix and not options.torch_compile,  # compiled anew for each number of clips
+        share_prefix=options.shares_prefix,
         # A run that goes on has its own weights, and the folder that it once started from may be gone.
         adapter=Path(options.adapter_name_or_path) if options.adapter_name_or_path and not run.resume else None,
     )

@@ -101,13 +101,15 @@ def _read_no_more(weight: torch.Tensor) -> None:
 
     Left to itself it had pages of the 3B shape read again for 45 s after prepacking.
     """
-    if sys.platform != "linux":
-        return
     start, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
     first, last = -(-start // mmap.PAGESIZE), end // mmap.PAGESIZE  # whole pages
-    if first < last:  # advice: an older kernel that refuses it does no harm
-        size = ctypes.c_size_t((last - first) * mmap.PAGESIZE)
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * mmap.PAGESIZE), size, MADV_COLD)
+    if first < last and sys.platform == "linux":
+        _advise(first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE, MADV_COLD)
+
+
+def _advise(address: int, size: int, advice: int) -> None:
+    """madvise, whose answer does not matter: a kernel that refuses or ignores it does no harm."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
 
 
 def _identity(weight: torch.Tensor) -> tuple[int, int]:

@@ -24,19 +24,27 @@ def tool(name: str, *words: object) -> None:
 
 
 def motion_shards(
-    work: Path, *, per_class: int, frames: int, size: int, video_frames: int = 24, video_size: int | None = None
+    work: Path,
+    *,
+    per_class: int,
+    frames: int,
+    size: int,
+    codec: str = "jpg",
+    video_frames: int = 24,
+    video_size: int | None = None,
 ) -> Path:
     """Shards of synthetic clips of four classes below `work`, made only if it does not hold them yet.
 
     Args:
-        frames, size: of a stored clip. video_frames, video_size: of the videos it is cut from (default: as large).
+        frames, size, codec: of a stored clip. video_frames, video_size: of the videos it is cut from (default: as
+            large).
     """
     shards = work / "shards"
     if not shards.exists():
         shutil.rmtree(work / "videos", ignore_errors=True)
         video = ("--per-class", per_class, "--frames", video_frames, "--size", video_size or size)
         tool("make_motion_clips.py", "--out", work / "videos", *video)
-        settings = ("--frames", frames, "--short-side", size, "--workers", 0)
+        settings = ("--frames", frames, "--short-side", size, "--codec", codec, "--workers", 0)
         tool("make_shards.py", "folder", "--videos", work / "videos", "--out", shards, *settings)
     return shards
 

@@ -36,6 +36,8 @@ from processes import launch_words, launched, motion_shards, session, tool
 from rounds import RESULTS, Ratio, Spread, conditions, show_ratios, table, write_json
 from turns import environment
 
+from vidcls.data.settings import SUFFIXES
+
 PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 BARE, USUAL, OURS = "bare loop", "usual way", "vidcls"
 CLOCKED = "benchmarks/instrumented_train.py"
@@ -51,7 +53,8 @@ class Bench:
         self.model = args.model or work / "model"
         if not args.model:
             tool("make_random_checkpoint.py", "--shape", args.shape, "--out", self.model)
-        stored, videos = {"frames": args.frames, "size": args.size}, {"video_frames": 60, "video_size": args.video_size}
+        stored = {"frames": args.frames, "size": args.size, "codec": args.codec}
+        videos = {"video_frames": 60, "video_size": args.video_size}
         motion_shards(work, per_class=8, **stored, **videos)
         self.options = list(args.option)
         if args.vision_cache:
@@ -79,7 +82,7 @@ class Bench:
             "per_device_train_batch_size": args.micro_batch,
             "gradient_accumulation_steps": 1,
             "max_steps": steps,
-            "logging_steps": 1,
+            "logging_steps": 10,  # as in the recipe
             "save_steps": 10**6,
             "plot_loss": "false",
             "html_report": "false",
@@ -198,6 +201,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, default=1, help="of vidcls; the others have one process (default: 1)")
     parser.add_argument("--frames", type=int, default=16, help="per clip (default: 16)")
     parser.add_argument("--size", type=int, default=112, help="height and width of a frame in pixels (default: 112)")
+    parser.add_argument("--codec", choices=SUFFIXES, default="jpg", help="of the frames in the shards (default: jpg)")
     parser.add_argument("--video-size", type=int, default=240, help="of the videos, in pixels (default: 240)")
     parser.add_argument("--micro-batch", type=int, default=2, help="clips per forward (default: 2)")
     parser.add_argument("--tuning", choices=("lora", "full"), default="lora", help="finetuning_type (default: lora)")

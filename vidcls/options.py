@@ -21,7 +21,8 @@ ATTENTION_SIZE = 512  # of an attention head, where the hidden size is not small
 # sheets), and about as many bytes.
 LEAST_SPARED = 0.05
 PREPACKING_SHARE = 0.75  # of the memory that is free, for what prepack_weights adds
-EXCHANGING_RANKS = 2  # of a host among several: with more, training/reduction.py leaves gradients to DeepSpeed
+EXCHANGING_RANKS = 2  # of a host among several: with more, training/reduction.py does not exchange parts of gradients
+LOCAL_SUM = 10**8  # trained numbers whose gradients a rank keeps whole, 0.4 GB, to reduce them once a step
 DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
 DEFAULT_NAME = "default"
 
@@ -40,6 +41,12 @@ def spared_tokens(clips: int, prefix: int, tokens: int) -> int:
     """Tokens, of those of all `clips`, that share_prefix does not compute; 0 where it does not pay."""
     spared = (clips - 1) * prefix
     return spared if spared >= LEAST_SPARED * tokens else 0
+
+
+def sums_locally(trained: int) -> bool:
+    """Whether ZeRO-2, without offload, sums the gradients of so many trained numbers over a step's micro-batches on
+    each rank, and reduces them once."""
+    return trained <= LOCAL_SUM
 
 
 class ConfigError(ValueError):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.planning.models import built, planned, recipe
+from vidcls import options
 from vidcls.planning.machines import Machine, published
 from vidcls.planning.steptime import Cluster, gathers, step_time
 
@@ -40,13 +41,23 @@ def test_stored_features_need_no_pixels(cpu: Machine) -> None:
     assert passes(cached=True) < 1
 
 
-@pytest.mark.parametrize(("nodes", "ranks", "sent"), [(1, 4, 4 + 2), (2, 2, 4 + 2), (2, 4, 8 + 2)])
-def test_gradients_travel_once_where_ranks_exchange_them(cpu: Machine, nodes: int, ranks: int, sent: int) -> None:
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize(("nodes", "ranks", "way"), [(1, 4, 1), (2, 2, 1), (2, 4, 2)])
+def test_what_gradients_and_weights_send(
+    cpu: Machine, monkeypatch: pytest.MonkeyPatch, nodes: int, ranks: int, way: int, once: bool, accumulation: int
+) -> None:
+    """To the owners alone or to all, and once a step or in every micro-batch."""
+    if not once:
+        monkeypatch.setattr(options, "LOCAL_SUM", 1)
     config = recipe()
     _, inputs = built(config)
     work, cluster = planned(config, inputs), Cluster(nodes, ranks, cpu.link)
-    seconds = step_time(work, cpu, cluster, accumulation=1).communication
-    share = (cluster.ranks - 1) / cluster.ranks
-    assert seconds * cpu.link == pytest.approx(share * work.trained * sent)
-    on_gpu = step_time(work, published("h100"), cluster, accumulation=1).communication
-    assert on_gpu * cpu.link == pytest.approx(share * work.trained * 10)
+
+    def sent(machine: Machine) -> float:
+        seconds = step_time(work, machine, cluster, accumulation=accumulation).communication
+        return seconds * cpu.link / (work.trained * (cluster.ranks - 1) / cluster.ranks)
+
+    times = 1 if once else accumulation
+    assert sent(cpu) == pytest.approx(times * 4 * way + 2)
+    assert sent(published("h100")) == pytest.approx(times * 4 * (1 if once else 2) + 2)

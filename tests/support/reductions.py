@@ -1,7 +1,8 @@
 """deepspeed --num_gpus N tests/support/reductions.py: a small engine under ZeRO-2 whose gradients are known.
 
-Prints what each rank's weights are off from start - mean gradient, at most, and which collectives carried how many
-numbers in the step.
+Prints for each way of reducing, of a step of two micro-batches: what each rank's weights are off from start - mean
+gradient, at most, the norm, which collectives carried how many numbers; and whether a step was applied whose gradient
+is infinite on the last rank.
 """
 
 import inspect
@@ -16,11 +17,18 @@ from torch import nn
 
 from vidcls import distributed
 from vidcls.faults.guard import Limits, guarded
-from vidcls.training.reduction import reduce_to_owners
+from vidcls.training import reduction
 
+MICRO_BATCHES = 2
+WAYS = ("exchange", "reduce_scatter", "all_reduce", "buckets")
 SIZES = (7, 1000, 3, 33, 501, 1)  # ranks own uneven parts of a bucket, and of some none
 BUCKET = 900
-COLLECTIVES = {"all_reduce": "tensor", "reduce": "tensor", "all_to_all_single": "input"}  # and what is sent
+COLLECTIVES = {  # and what is sent
+    "all_reduce": "tensor",
+    "reduce": "tensor",
+    "all_to_all_single": "input",
+    "reduce_scatter_tensor": "input",
+}
 
 
 class Weighted(nn.Module):
@@ -41,6 +49,7 @@ def engine() -> tuple[deepspeed.DeepSpeedEngine, list[torch.Tensor]]:
     zero = {"stage": 2, "reduce_bucket_size": BUCKET, "overlap_comm": True, "reduce_scatter": True}
     config = {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": MICRO_BATCHES,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1
@@ -50,9 +59,17 @@ def engine() -> tuple[deepspeed.DeepSpeedEngine, list[torch.Tensor]]:
     return made, before
 
 
-def factors_of(rank: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(rank + 1)
+def factors_of(rank: int, micro_batch: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(MICRO_BATCHES * rank + micro_batch + 1)
     return [torch.randn(size, generator=generator) for size in SIZES]
+
+
+def step(made: deepspeed.DeepSpeedEngine, factor: float = 1.0) -> bool:
+    """Whether it was applied."""
+    for number in range(MICRO_BATCHES):
+        made.backward(factor * made(factors_of(distributed.rank(), number)))
+        made.step()
+    return bool(made.was_step_applied())
 
 
 def counting(name: str, argument: str, sent: Counter[str]) -> Callable[..., Any]:
@@ -66,20 +83,36 @@ def counting(name: str, argument: str, sent: Counter[str]) -> Callable[..., Any]
     return counted
 
 
+def look(way: str) -> dict[str, Any]:
+    """What is found on this rank when gradients are reduced in one of WAYS."""
+    made, before = engine()
+    local, kept = way != "buckets", (reduction.sums_locally, reduction._way)
+    reduction.sums_locally = lambda trained: local
+    reduction._way = lambda group: None if distributed.world_size() == 1 else way if local else "exchange"
+    reduction.reduce_to_owners(made)
+    reduction.sums_locally, reduction._way = kept
+    sent: Counter[str] = Counter()
+    functions = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
+    for name, argument in COLLECTIVES.items():
+        setattr(torch.distributed, name, counting(name, argument, sent))
+    assert step(made)
+    for name, function in functions.items():
+        setattr(torch.distributed, name, function)
+    found: dict[str, Any] = {"sent": sent, "norm": float(made.get_global_grad_norm())}
+    ranks = range(distributed.world_size())
+    everything = [factors_of(rank, number) for rank in ranks for number in range(MICRO_BATCHES)]
+    means = [torch.stack(each).double().mean(0) for each in zip(*everything, strict=True)]
+    after = [p.detach().clone() for p in made.module.parameters()]
+    found["off"] = max((a - (b - m)).abs().max().item() for a, b, m in zip(after, before, means, strict=True))
+    found["right_norm"] = torch.cat(means).norm().item()
+    found["applied"] = step(made, factor=float("inf") if distributed.rank() == ranks[-1] else 1.0)
+    found["moved"] = any(not torch.equal(a, p) for a, p in zip(after, made.module.parameters(), strict=True))
+    return found
+
+
 if __name__ == "__main__":
     with guarded(None, Limits()), distributed.leaving():
         distributed.start(60)
-        made, before = engine()
-        reduce_to_owners(made)
-        sent: Counter[str] = Counter()
-        for name, argument in COLLECTIVES.items():
-            setattr(torch.distributed, name, counting(name, argument, sent))
-        made.backward(made(factors_of(distributed.rank())))
-        made.step()
-        everyone = [factors_of(rank) for rank in range(distributed.world_size())]
-        means = [torch.stack(each).double().mean(0) for each in zip(*everyone, strict=True)]
-        after = [p.detach() for p in made.module.parameters()]
-        off = max((a - (b - m)).abs().max().item() for a, b, m in zip(after, before, means, strict=True))
-        found = distributed.gather_objects({"off": off, "sent": sent})
+        found = {way: distributed.gather_objects(look(way)) for way in WAYS}
         if distributed.is_main():
             print("found " + json.dumps(found), flush=True)

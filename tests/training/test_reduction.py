@@ -8,35 +8,53 @@ from pathlib import Path
 import pytest
 
 from tests.support import launch
-from tests.support.reductions import SIZES
+from tests.support.reductions import MICRO_BATCHES, SIZES, WAYS
 from vidcls.training.sharded_state import WEIGHT, StoredState
 
 pytestmark = pytest.mark.launch
 STEPS, SETTLED = 8, 5  # the self-check gathers what it compares in the first ones
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_owners_get_the_mean_gradient(tmp_path: Path, ranks: int) -> None:
-    """Parts of uneven size, some of nobody's, in several buckets."""
+    """Parts of uneven size, some of nobody's; whole or in several buckets."""
     done = launch.deepspeed(ranks, "tests/support/reductions.py", log=tmp_path / "log")
     assert done.code == 0, done.output[-3000:]
     (line,) = [line for line in done.output.splitlines() if line.startswith("found ")]
     found = json.loads(line.removeprefix("found "))
-    assert len(found) == ranks
-    for of_rank in found:
-        assert of_rank["off"] < 1e-6
-        assert of_rank["sent"]["all_to_all_single"] == sum(SIZES)  # of it what is another's leaves the rank
-        assert of_rank["sent"].get("reduce", 0) == 0
-        assert of_rank["sent"].get("all_reduce", 0) < 10  # norms and flags
+    assert list(found) == list(WAYS)
+    numbers = sum(SIZES)
+    # What is handed over, and how much padding may be in it; of it that of another rank leaves this one.
+    payloads = {
+        "exchange": ("all_to_all_single", numbers, 8 * ranks),
+        "reduce_scatter": ("reduce_scatter_tensor", numbers, 8 * ranks),
+        "all_reduce": ("all_reduce", numbers, 8 * ranks + 10),  # norms and flags
+        "buckets": ("all_to_all_single", MICRO_BATCHES * numbers, 0),
+    }
+    for way, of_ranks in found.items():
+        assert len(of_ranks) == ranks
+        for of_rank in of_ranks:
+            assert of_rank["off"] < 1e-6, way
+            assert of_rank["norm"] == pytest.approx(of_rank["right_norm"], rel=1e-6), way
+            assert not of_rank["applied"], way
+            assert not of_rank["moved"], way
+            sent = of_rank["sent"]
+            assert sent.get("reduce", 0) == 0
+            if ranks > 1:
+                collective, least, padding = payloads[way]
+                assert least <= sent[collective] <= least + padding, way
+                assert sum(sent.values()) <= least + padding + 10, way
 
 
 def test_a_training_step_sends_each_gradient_and_each_weight_once(small_shards: Path, tmp_path: Path) -> None:
-    """What benchmarks/scaling.py measures at length: within 5 % of (R - 1) / R x numbers x (4 + 2) bytes."""
+    """What benchmarks/scaling.py measures at length: within 5 % of (R - 1) / R x numbers x (4 + 2) bytes, whatever the
+    number of micro-batches."""
     out = tmp_path / "run"
     options = {
         "dataset": small_shards,
         "output_dir": out,
-        "per_device_train_batch_size": 2,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
         "max_steps": STEPS,
         "lora_rank": 256,
         "plot_loss": "false",

@@ -1,7 +1,7 @@
 """Bytes that one rank needs at its worst moment, by what they are for.
 
 DeepSpeed 0.19.8 with vidcls's optimizer: trained weights in bf16 on every rank (ZeRO-2) or cut into parts (ZeRO-3);
-float32 masters, Adam's two moments and gradients of a rank's own part; buckets in which gradients are sent. On a GPU
+float32 masters, Adam's two moments and gradients of a rank's own part; what gradients are summed and sent in. On a GPU
 buckets are taken whole; on a CPU a page costs when it is touched, and weights stay mapped from the checkpoint's files
 (ZeRO-2), which the ranks of a host share.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vidcls.config import Config
-from vidcls.options import DEFAULT_MEMORY_LIMIT, PREPACKING_SHARE
+from vidcls.options import DEFAULT_MEMORY_LIMIT, PREPACKING_SHARE, sums_locally
 from vidcls.planning import activations
 from vidcls.planning.machines import FRAGMENTATION, Machine
 from vidcls.planning.workload import Workload
@@ -78,9 +78,12 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, shar
     states = 0.0 if offloaded else 3 * FLOAT * trained / ranks
     if config.optim.ema_decay is not None and not offloaded:
         states += FLOAT * trained / ranks
-    gradients = (0.0 if offloaded else FLOAT * trained / ranks) + bucket * (buckets * size + FLOAT)
-    if stage == 2 and ranks > 1 and not machine.on_gpu:
-        gradients += bucket * FLOAT  # parts of it that come from others (training/reduction.py)
+    if stage == 2 and not offloaded and sums_locally(trained):
+        gradients = _local_sum(trained, size, ranks, on_gpu=machine.on_gpu)
+    else:
+        gradients = (0.0 if offloaded else FLOAT * trained / ranks) + bucket * (buckets * size + FLOAT)
+        if stage == 2 and ranks > 1 and not machine.on_gpu:
+            gradients += bucket * FLOAT  # parts of it that come from others (training/reduction.py)
     kept, again = activations.kept(work), activations.again(work)
     working, tower = activations.working_set(work), activations.tower_working_set(work)
     loader = checkpoint = 0.0
@@ -109,6 +112,16 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, shar
         return replace(found, prepacked=_prepacked(work, config, machine, found, sharing))
     extra = (FRAGMENTATION - 1) * (found.total - found.base)
     return Memory(**{field.name: getattr(found, field.name) for field in fields(found)} | {"allocator": extra})
+
+
+def _local_sum(trained: int, size: int, ranks: int, *, on_gpu: bool) -> float:
+    """Of training/reduction.py's LocalSum, while it takes in a micro-batch (gradients, the same in one piece, the sum)
+    or while the sum is reduced."""
+    taken_in = trained * (2 * size + FLOAT)
+    if ranks == 1:
+        return float(taken_in)
+    received = FLOAT * trained if not on_gpu else 0
+    return max(taken_in, FLOAT * trained * (1 + 1 / ranks) + received)
 
 
 def prepackable(work: Workload, config: Config) -> tuple[int, int]:

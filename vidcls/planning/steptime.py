@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from vidcls.options import EXCHANGING_RANKS
+from vidcls.options import EXCHANGING_RANKS, sums_locally
 from vidcls.planning.flops import micro_batch
 from vidcls.planning.machines import GATHER_GPU_SECONDS, GATHER_SECONDS, GATHER_TOGETHER_SECONDS, Machine
 from vidcls.planning.workload import Block, Workload
@@ -97,8 +97,7 @@ def step_time(
         passes=accumulation * passes,
         host=accumulation * host,
         optimizer=optimizer,
-        communication=_sent(work, cluster, accumulation, once=not machine.on_gpu and cluster.exchanges)
-        / cluster.slowest(machine.link),
+        communication=_sent(work, machine, cluster, accumulation) / cluster.slowest(machine.link),
     )
 
 
@@ -126,15 +125,17 @@ def _gather_seconds(machine: Machine, cluster: Cluster) -> float:
     return GATHER_SECONDS if cluster.ranks == 1 else GATHER_TOGETHER_SECONDS
 
 
-def _sent(work: Workload, cluster: Cluster, accumulation: int, *, once: bool) -> float:
-    """Bytes that pass each place of a ring. In every micro-batch gradients are reduced to their owners (ZeRO-3, and
-    ZeRO-2 where it sends them `once`), or to all, which is twice as much (ZeRO-2 as DeepSpeed does it); then the new
+def _sent(work: Workload, machine: Machine, cluster: Cluster, accumulation: int) -> float:
+    """Bytes that pass each place of a ring. Gradients are reduced to their owners, or to all, which is twice as much;
+    in every micro-batch, or once a step where few enough are trained (ZeRO-2, training/reduction.py). Then the new
     weights go to all (ZeRO-2), or all weights do in each forward and backward (ZeRO-3)."""
     share = (cluster.ranks - 1) / cluster.ranks
-    gradients = accumulation * work.trained * SENT_GRADIENT
+    gradients = work.trained * SENT_GRADIENT
     if work.gathered:
-        return share * (gradients + 2 * accumulation * work.model.weights * SENT_WEIGHT)
-    return share * ((1 if once else 2) * gradients + work.trained * SENT_WEIGHT)
+        return share * accumulation * (gradients + 2 * work.model.weights * SENT_WEIGHT)
+    once = sums_locally(work.trained)
+    to_owners = once if machine.on_gpu else cluster.exchanges
+    return share * (gradients * (1 if once else accumulation) * (1 if to_owners else 2) + work.trained * SENT_WEIGHT)
 
 
 def _pixels(work: Workload, machine: Machine) -> float:

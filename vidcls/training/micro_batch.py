@@ -22,6 +22,7 @@ from vidcls.config import BatchPlan, Config, ConfigError
 from vidcls.data.batch import ClipShape
 from vidcls.data.loader import ClipBatches, Request
 from vidcls.faults import guard
+from vidcls.options import sums_locally
 from vidcls.planning.memory import DEFAULT_BUCKET
 from vidcls.training.engine import Engine
 from vidcls.training.masters import is_stage3, trainable
@@ -158,9 +159,12 @@ class _Trial:
 
 def step_bytes(config: Config, trained: int) -> int:
     """What a step holds beside activations and the parameters' own gradients: two fp32 buckets of gradients, one filled
-    while the other is reduced, and this rank's part of all gradients, accumulated and as the optimizer takes it."""
-    bucket = config.zero["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET)
-    return 4 * (2 * min(int(bucket), trained) + 2 * math.ceil(trained / distributed.world_size()))
+    while the other is reduced (with a LocalSum, one of all that this rank has and one of what others send), and this
+    rank's part of all gradients, accumulated and as the optimizer takes it."""
+    bucket = int(config.zero["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET))
+    if config.zero_stage == 2 and sums_locally(trained):
+        bucket = trained
+    return 4 * (2 * min(bucket, trained) + 2 * math.ceil(trained / distributed.world_size()))
 
 
 def largest_clip(clips: ClipBatches) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vidcls.command import heavy_imports
 from vidcls.config import load_config
 from vidcls.planning.estimate import Estimate, Facts, alternatives, estimate, gather_facts, steps_of_run
 from vidcls.planning.machines import ACCELERATORS, Machine, published, read_machine, write_machine
@@ -47,6 +48,7 @@ TIME_NAMES = {
     "host": "host",
     "optimizer": "optimizer",
     "communication": "communication",
+    "loader": "loader workers on the same cores",
 }
 
 
@@ -86,8 +88,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def calibrate(path: Path) -> None:
-    from vidcls.planning.calibrate import measure
-
+    with heavy_imports():  # with threads that wait as they do in training
+        from vidcls.planning.calibrate import measure
     write_machine(measure(), path)
     print(f"{path}: written; plan with --machine {path}")
 

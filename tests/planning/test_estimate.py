@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.planning.models import built, recipe
 from vidcls.options import DEFAULT_PROMPT
 from vidcls.planning.estimate import Estimate, alternatives, estimate, gather_facts
+from vidcls.planning.flops import Product
 from vidcls.planning.machines import Machine, Rate, published, read_machine, write_machine
 from vidcls.planning.steptime import Cluster
 
@@ -107,15 +109,22 @@ def test_the_fastest_that_fits_is_first() -> None:
 
 def test_a_rate_lies_between_those_that_were_measured(tmp_path: Path) -> None:
     rates = (Rate(4, 100, 1e9), Rate(64, 100, 3e9), Rate(4, 10000, 5e9), Rate(64, 10000, 7e9))
-    machine = replace(published("h100"), rates=rates, value_seconds={**published("h100").value_seconds, "move": 1e-30})
+    values = {**published("h100").value_seconds, "move": 1e-30}
+    machine = replace(published("h100"), rates=rates, batched=rates[:2], fused=rates[2:], value_seconds=values)
 
-    def rate(rows: int, inner: int, outer: int) -> float:
-        return 2 * rows * inner * outer / machine.product_seconds(rows, inner, outer, 1, value_bytes=2)
+    def rate(rows: int, inner: int, outer: int, **kind: Any) -> float:
+        product = Product("forward", "", rows, inner, outer, **kind)
+        return product.flops / machine.product_seconds(product, value_bytes=2)
 
+    assert rate(4, 10, 100, batch=3) == pytest.approx(1e9)
+    assert rate(4, 10, 10, batch=3, fused=True) == pytest.approx(5e9)
     assert rate(4, 10, 10) == pytest.approx(1e9)
     assert rate(16, 10, 10) == pytest.approx(2e9)  # halfway in the logarithm
     assert rate(16, 10, 100) == pytest.approx(4e9)
     assert rate(1000, 1000, 1000) == pytest.approx(7e9)  # the nearest beyond the ends
+    narrow = Product("forward", "", 1000, 1000, 16)
+    slow = replace(machine, narrow_seconds=1e-3)
+    assert slow.product_seconds(narrow, value_bytes=2) == pytest.approx(1e-3 * (1000 * 1000 + 2 * 16 * 1000))
     write_machine(machine, tmp_path / "machine.json")
     assert read_machine(tmp_path / "machine.json") == machine
 

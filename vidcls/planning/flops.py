@@ -18,7 +18,7 @@ Phase = Literal["forward", "backward", "recomputed"]
 @dataclass(frozen=True)
 class Product:
     """`count` times [rows, inner] x [inner, outer]. batch: so many at once, each with factors of its own. frozen: of a
-    layer's own matrix, which does not change."""
+    layer's own matrix, which does not change. fused: into one operation, attention."""
 
     phase: Phase
     part: str
@@ -28,6 +28,7 @@ class Product:
     count: float = 1
     batch: int = 1
     frozen: bool = False
+    fused: bool = False
 
     @property
     def flops(self) -> float:
@@ -114,5 +115,6 @@ def _attended(attention: Attention, part: str, phase: Phase, *, times: int, fuse
         rows = (attention.rows or length) * per_key_head
         batch = count * attention.kv_heads
         number = times * share
-        yield Product(phase, part, rows, attention.head_width, length, number + extra * share, batch)
-        yield Product(phase, part, rows, length, attention.head_width, number, batch)
+        scores = Product(phase, part, rows, attention.head_width, length, number + extra * share, batch, fused=fused)
+        yield scores
+        yield replace(scores, inner=length, outer=attention.head_width, count=number)

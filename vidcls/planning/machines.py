@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from vidcls.planning.flops import Product
 
 # Assumed of a published number, and printed with every answer.
 PRODUCTS_EFFICIENCY = 0.6  # of the dense peak, for products with many rows
@@ -21,20 +23,22 @@ LINK_EFFICIENCY = 0.7
 HOST_SECONDS = 7e-6  # of Python and the driver for one operation
 CONTEXT_BYTES = 1.5e9  # CUDA context, NCCL, cuBLAS workspaces
 FRAGMENTATION = 1.1  # what the allocator takes is this times what tensors need
-STEP_SECONDS = 10e-3  # DeepSpeed and the log, beside what they do for each trained tensor
-TENSOR_SECONDS = 1e-4
-# Of the host, to gather and drop a module's weights under ZeRO-3 (DeepSpeed's hooks): measured on two CPU cores, alone
-# and with a second rank; assumed for a GPU.
-GATHER_SECONDS, GATHER_TOGETHER_SECONDS, GATHER_GPU_SECONDS = 0.9e-3, 1.8e-3, 0.2e-3
+# What DeepSpeed and the log take of the host beside the model, in times of one of its operations: once a step, for each
+# trained tensor (fewer with training/reduction.py's LocalSum), and to gather and drop a module's weights under ZeRO-3,
+# alone and with a second rank. Measured on two CPU cores; to gather is assumed to take 0.2 ms with a GPU.
+STEP_OPERATIONS, TENSOR_OPERATIONS, SUMMED_TENSOR_OPERATIONS = 300, 8, 0.5
+GATHER_OPERATIONS, GATHER_TOGETHER_OPERATIONS, GATHER_GPU_SECONDS = 43, 90, 0.2e-3
+FORWARD_MOVES = 1 / 3  # of a layer's plain passes, those that are forward
+NARROW = 64  # the least side of a product that counts as narrow: LoRA's
 
-# Bytes that pass through memory for one value, forward and backward together, as model/layers.py does it in bf16.
+# Bytes that pass through memory for one value, forward and backward, as model/layers.py does it in bf16.
 PASS_BYTES = {
-    "norm": 36 + 74,
-    "swiglu": 10 + 22,
-    "mask": 2 + 6 + 6 + 12,
-    "score": 8 + 12,
-    "move": 4,
-    "pixel": 2 + 5 + 8 + 8 + 6,  # of a frame: reordered, float32, mean and deviation, bf16
+    "norm": (36, 74),
+    "swiglu": (10, 22),
+    "mask": (2 + 6, 6 + 12),
+    "score": (8, 12),
+    "move": (FORWARD_MOVES * 4, (1 - FORWARD_MOVES) * 4),
+    "pixel": (2 + 5 + 8 + 8 + 6, 0),  # of a frame: reordered, float32, mean and deviation, bf16
 }
 
 
@@ -66,7 +70,8 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Rate:
-    """FLOP/s of products of `rows` rows with a weight of `weights` numbers."""
+    """FLOP/s of products of `rows` rows with a weight of `weights` numbers; of fused attention over `rows` tokens with
+    heads of width `weights`."""
 
     rows: int
     weights: int
@@ -77,8 +82,11 @@ class Rate:
 class Machine:
     """What one rank has when nobody else uses the machine.
 
-    rates: measured, or () where they follow from `peak`; prepacking_gain: of a CPU, whose rates are those of prepacked
-    weights, how many times as fast as with plain ones. value_seconds: of one value, by the keys of PASS_BYTES.
+    rates: measured, or () where they follow from `peak`; so batched, of many products at once, and fused, of attention
+    without its backward. narrow_seconds: least of a narrow product, for each number of its factors and its result.
+    prepacking_gain: of a CPU, whose rates are those of prepacked weights, how many times as fast as with plain ones.
+    value_seconds: of one value, by the keys of PASS_BYTES; forward_seconds: of it, forward alone. loader_seconds: that
+    a loader worker takes from a rank for one byte of a frame, where they share cores.
     base_bytes: of a rank before it has a model. shared_cores: ranks of a node share what was measured (a CPU).
     """
 
@@ -88,33 +96,46 @@ class Machine:
     peak: float
     rates: tuple[Rate, ...]
     value_seconds: dict[str, float]
+    forward_seconds: dict[str, float]
     operation_seconds: float
-    step_seconds: float
-    tensor_seconds: float
     link: float
     base_bytes: float
+    batched: tuple[Rate, ...] = ()
+    fused: tuple[Rate, ...] = ()
+    narrow_seconds: float = 0.0
+    loader_seconds: float = 0.0
     prepacking_gain: float = 1.0
     assumptions: tuple[str, ...] = ()
 
     @property
     def bandwidth(self) -> float:
         """Bytes a second of a plain pass."""
-        return PASS_BYTES["move"] / self.value_seconds["move"]
+        return sum(PASS_BYTES["move"]) / self.value_seconds["move"]
 
-    def product_seconds(self, rows: int, inner: int, outer: int, batch: int, *, value_bytes: int) -> float:
-        """Of one (batched) product [rows, inner] x [inner, outer]."""
-        numbers = batch * (rows * inner + inner * outer + rows * outer)
-        flops = 2.0 * batch * rows * inner * outer
-        return max(flops / self._rate(rows, inner * outer), numbers * value_bytes / self.bandwidth)
-
-    def _rate(self, rows: int, weights: int) -> float:
+    def product_seconds(self, product: Product, *, value_bytes: int) -> float:
+        """Of it once, whatever its count."""
+        one = replace(product, count=1)
+        passing = one.bytes(value_bytes) / self.bandwidth
+        rows, weights = one.rows, one.inner * one.outer
         if not self.rates:
-            return self.peak * PRODUCTS_EFFICIENCY * rows / (rows + HALF_RATE_ROWS)
-        sizes = sorted({rate.weights for rate in self.rates})
-        by_size = [
-            _between([(rate.rows, rate.flops) for rate in self.rates if rate.weights == size], rows) for size in sizes
-        ]
-        return _between(list(zip(sizes, by_size, strict=True)), weights)
+            rate = self.peak * PRODUCTS_EFFICIENCY * rows / (rows + HALF_RATE_ROWS)
+        elif one.fused:
+            # Scores are not moved, and so what is moved is no bound.
+            return one.flops / _rate(self.fused, rows, min(one.inner, one.outer))
+        elif one.batch > 1:
+            rate = _rate(self.batched, rows, weights)
+        else:
+            rate = _rate(self.rates, rows, weights)
+        if min(one.rows, one.inner, one.outer) <= NARROW and one.batch == 1:
+            passing = max(passing, one.bytes(1) * self.narrow_seconds)
+        return max(one.flops / rate, passing)
+
+
+def _rate(rates: tuple[Rate, ...], rows: int, weights: int) -> float:
+    by_size: dict[int, list[tuple[int, float]]] = {}
+    for rate in sorted(rates, key=lambda each: (each.weights, each.rows)):
+        by_size.setdefault(rate.weights, []).append((rate.rows, rate.flops))
+    return _between([(size, _between(of_rows, rows)) for size, of_rows in by_size.items()], weights)
 
 
 def _between(points: list[tuple[int, float]], at: int) -> float:
@@ -141,10 +162,9 @@ def published(name: str) -> Machine:
         memory=card.memory,
         peak=card.flops,
         rates=(),
-        value_seconds={key: bytes_ / bandwidth for key, bytes_ in PASS_BYTES.items()},
+        value_seconds={key: sum(bytes_) / bandwidth for key, bytes_ in PASS_BYTES.items()},
+        forward_seconds={key: bytes_[0] / bandwidth for key, bytes_ in PASS_BYTES.items()},
         operation_seconds=HOST_SECONDS,
-        step_seconds=STEP_SECONDS,
-        tensor_seconds=TENSOR_SECONDS,
         link=card.link * LINK_EFFICIENCY,
         base_bytes=CONTEXT_BYTES,
         assumptions=(
@@ -152,7 +172,7 @@ def published(name: str) -> Machine:
             f"{card.bandwidth / 1e12:g} TB/s, {card.link / 1e9:g} GB/s to its neighbours (data sheet)",
             f"products reach {PRODUCTS_EFFICIENCY:.0%} of that peak with many rows, half of it with {HALF_RATE_ROWS}",
             f"element-wise passes reach {MEMORY_EFFICIENCY:.0%} of the memory's bandwidth, links {LINK_EFFICIENCY:.0%}",
-            f"the host needs {HOST_SECONDS * 1e6:g} us for an operation, and {STEP_SECONDS * 1e3:g} ms for a step",
+            f"the host needs {HOST_SECONDS * 1e6:g} us for an operation, {STEP_OPERATIONS} of them for a step",
             f"under ZeRO-3 the host needs {GATHER_GPU_SECONDS * 1e3:g} ms to gather a module",
             f"CUDA context and libraries take {CONTEXT_BYTES / 1e9:g} GB, the allocator {FRAGMENTATION - 1:.0%} more",
             "nothing of this has been measured on a GPU yet",
@@ -164,15 +184,16 @@ def read_machine(path: Path) -> Machine:
     """What `write_machine` wrote. Raises ValueError naming a file that is missing, damaged or of another version."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rates = tuple(Rate(**rate) for rate in values.pop("rates"))
-        machine = Machine(**values | {"rates": rates, "assumptions": tuple(values.pop("assumptions"))})
-        missing = PASS_BYTES.keys() - machine.value_seconds.keys()
+        rates = {name: tuple(Rate(**rate) for rate in values[name]) for name in ("rates", "batched", "fused")}
+        machine = Machine(**values | rates | {"assumptions": tuple(values["assumptions"])})
+        missing = PASS_BYTES.keys() - (machine.value_seconds.keys() & machine.forward_seconds.keys())
     except FileNotFoundError:
         raise ValueError(f"--machine: {str(path)!r} is not a file; --calibrate writes one") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--machine: {str(path)!r} is no calibration: {error!r}") from None
-    if missing or not rates:
-        raise ValueError(f"--machine: {str(path)!r} is of another version: {sorted(missing) or 'rates'} are missing")
+    missing |= {name for name, found in rates.items() if not found}
+    if missing:
+        raise ValueError(f"--machine: {str(path)!r} is of another version: {sorted(missing)} are missing")
     return machine
 
 

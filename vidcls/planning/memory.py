@@ -94,7 +94,10 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, shar
         working += tower
         loader = LOADED_BATCHES * work.clips.count * work.clips.pixel_bytes
         checkpoint = float(CHECKPOINT_BYTES * trained)
-        gathered *= min(ranks, 2)  # a buffer for what comes from others, and what is made of it
+        if ranks == 1:
+            gathered = 0.0  # the partition is the whole
+        elif stage == 3:  # gloo's copy, the buffer of what came from others, and what is made of it
+            gathered += 2 * size * max(work.largest_layer, work.model.embedding_weights)
     found = Memory(
         base=machine.base_bytes,
         frozen_weights=frozen_bytes,

@@ -10,7 +10,15 @@ from dataclasses import asdict, dataclass
 
 from vidcls.options import EXCHANGING_RANKS, sums_locally
 from vidcls.planning.flops import micro_batch
-from vidcls.planning.machines import GATHER_GPU_SECONDS, GATHER_SECONDS, GATHER_TOGETHER_SECONDS, Machine
+from vidcls.planning.machines import (
+    GATHER_GPU_SECONDS,
+    GATHER_OPERATIONS,
+    GATHER_TOGETHER_OPERATIONS,
+    STEP_OPERATIONS,
+    SUMMED_TENSOR_OPERATIONS,
+    TENSOR_OPERATIONS,
+    Machine,
+)
 from vidcls.planning.workload import Block, Workload
 
 # Operations that the host starts for a layer, forward and backward of it, and around all layers; products not counted.
@@ -49,17 +57,18 @@ class Cluster:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step, by what they go to."""
+    """Seconds of one optimizer step, by what they go to; loader: that its workers take from the cores of a CPU."""
 
     products: float
     passes: float
     host: float
     optimizer: float
     communication: float
+    loader: float
 
     @property
     def total(self) -> float:
-        return self.products + self.passes + self.host + self.optimizer + self.communication
+        return sum(asdict(self).values())
 
     @property
     def bottleneck(self) -> str:
@@ -78,9 +87,7 @@ def step_time(
     products = shared * sum(
         product.count
         * (packed + (1 - packed) * gain if product.frozen else gain)
-        * machine.product_seconds(
-            product.rows, product.inner, product.outer, product.batch, value_bytes=work.value_bytes
-        )
+        * machine.product_seconds(product, value_bytes=work.value_bytes)
         for product in all_products
     )
     passes = shared * (sum(_passes(block, work, machine) for block in work.blocks) + _pixels(work, machine))
@@ -89,15 +96,18 @@ def step_time(
         host += gathers(work) * _gather_seconds(machine, cluster)
     if machine.on_gpu:
         host = max(0.0, host - products - passes)
-    step = machine.step_seconds + work.trained_tensors * machine.tensor_seconds
+    each = SUMMED_TENSOR_OPERATIONS if not work.gathered and sums_locally(work.trained) else TENSOR_OPERATIONS
+    step = (STEP_OPERATIONS + work.trained_tensors * each) * machine.operation_seconds
     own = work.trained / cluster.ranks
     optimizer = step + shared * own * OPTIMIZER_BYTES / machine.bandwidth
+    read = work.clips.count * work.clips.pixel_bytes if _has_vision(work) else 0
     return StepTime(
         products=accumulation * products,
         passes=accumulation * passes,
         host=accumulation * host,
         optimizer=optimizer,
         communication=_sent(work, machine, cluster, accumulation) / cluster.slowest(machine.link),
+        loader=accumulation * shared * read * machine.loader_seconds,
     )
 
 
@@ -122,7 +132,8 @@ def gathers(work: Workload) -> int:
 def _gather_seconds(machine: Machine, cluster: Cluster) -> float:
     if machine.on_gpu:
         return GATHER_GPU_SECONDS
-    return GATHER_SECONDS if cluster.ranks == 1 else GATHER_TOGETHER_SECONDS
+    each = GATHER_OPERATIONS if cluster.ranks == 1 else GATHER_TOGETHER_OPERATIONS
+    return each * machine.operation_seconds
 
 
 def _sent(work: Workload, machine: Machine, cluster: Cluster, accumulation: int) -> float:
@@ -140,23 +151,28 @@ def _sent(work: Workload, machine: Machine, cluster: Cluster, accumulation: int)
 
 def _pixels(work: Workload, machine: Machine) -> float:
     """Seconds in which frames become patches; none where the tower's output is stored."""
-    read = any(block.name == "vision" for block in work.blocks)
-    return work.clips.count * work.clips.pixel_bytes * machine.value_seconds["pixel"] if read else 0.0
+    return work.clips.count * work.clips.pixel_bytes * machine.value_seconds["pixel"] if _has_vision(work) else 0.0
+
+
+def _has_vision(work: Workload) -> bool:
+    return any(block.name == "vision" for block in work.blocks)
 
 
 def _passes(block: Block, work: Workload, machine: Machine) -> float:
     """Seconds of the element-wise work of `block.count` layers."""
-    each, layers = machine.value_seconds, block.layers
-    # A value's figure is of forward and backward; forward alone is a third.
-    factor = (block.count + block.checkpointed / 3) if block.has_backward else block.count / 3
-    found = (block.rows + block.read) * layers.width * each["norm"]
-    found += block.read * layers.inner * each["swiglu"]
-    found += MOVES[block.name] * block.rows * layers.width * each["move"]
+    layers = block.layers
+    values: dict[str, float] = {
+        "norm": (block.rows + block.read) * layers.width,
+        "swiglu": block.read * layers.inner,
+        "move": MOVES[block.name] * block.rows * layers.width,
+    }
     if block.attention.tokens > block.rows:
-        found += UNFOLDING * block.attention.tokens * layers.width * each["move"]
+        values["move"] += UNFOLDING * block.attention.tokens * layers.width
     if not work.fused_attention:
-        found += block.attention.scores * each["score"]
+        values["score"] = block.attention.scores
     if work.dropout:
-        masked = sum(p.rows * p.inner for p in block.projections if p.ranks)
-        found += masked * each["mask"]
-    return factor * found
+        values["mask"] = sum(p.rows * p.inner for p in block.projections if p.ranks)
+    both, forward = machine.value_seconds, machine.forward_seconds
+    whole = both if block.has_backward else forward
+    again = block.checkpointed if block.has_backward else 0
+    return sum(count * (block.count * whole[kind] + again * forward[kind]) for kind, count in values.items())

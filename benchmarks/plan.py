@@ -1,11 +1,11 @@
 """What tools/plan.py foretells beside what runs: seconds of a step, and peak memory of a rank.
 
-    python benchmarks/plan.py [--model DIR] [--only NAME ...] [--machine FILE]       about five minutes
+    python benchmarks/plan.py [--model DIR] [--only NAME ...] [--machine FILE]       about eight minutes
 
-Measures this machine as `tools/plan.py --calibrate` does, then trains each case through the deepspeed launcher and
-holds it against its plan: a small model with the real vocabulary ("mid" of tools/make_random_checkpoint.py), and with
---model the checkpoint of a real one too. Synthetic clips of 16 frames of 112x112, LoRA on all layers of the language
-model.
+Trains each case through the deepspeed launcher and holds it against its plan, for this machine as `tools/plan.py
+--calibrate` measures it before and after each case (time: the mean of both plans). A small model with the real
+vocabulary ("mid" of tools/make_random_checkpoint.py), and with --model the checkpoint of a real one too; synthetic
+clips of 16 frames of 112x112, LoRA on all layers of the language model.
 
 Time is the median over the steps after the first ones. Memory is the peak of the resident set (VmHWM) of the rank that
 needed most, its mapped part of the checkpoint included; beside its sum stands the part that the planner takes for the
@@ -78,7 +78,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Compared:
-    """seconds: of a step; bytes: of the rank that needed most. The base is the process without a model."""
+    """seconds: of a step; bytes: of the rank that needed most. The base is the process without a model. plan: with the
+    machine as it was before the case; plan_after: as it was after it."""
 
     case: Case
     seconds: float
@@ -87,6 +88,7 @@ class Compared:
     planned_bytes: float
     base_bytes: float
     plan: Estimate
+    plan_after: Estimate
 
     @property
     def time_error(self) -> float:
@@ -147,13 +149,25 @@ def run(case: Case, words: list[str], work: Path) -> tuple[float, int]:
     return statistics.median(clips / row["samples_per_second"] for row in logged_rows(output)[WARM_UP:]), peak
 
 
-def compare(case: Case, model: Path, work: Path, machine: Machine) -> Compared:
+def calibrated(work: Path) -> Machine:
+    tool("plan.py", "--calibrate", work / "machine.json")
+    return read_machine(work / "machine.json")
+
+
+def compare(case: Case, model: Path, work: Path, before: Machine, *, again: bool) -> tuple[Compared, Machine]:
+    """Also the machine as it is afterwards, if it is measured `again`: then its step is planned on both, on average."""
     words = words_of(case, model, work)
     config = load_config(words[0], words[1:])
-    plan = estimate(config, gather_facts(config), machine, Cluster(1, case.ranks, machine.link))
     seconds, peak = run(case, words, work)
-    planned = plan.memory.total + plan.memory.prepacked
-    return Compared(case, seconds, plan.step.total, peak, planned, plan.memory.base, plan)
+    after = calibrated(work) if again else before
+    facts = gather_facts(config)
+    plans = [estimate(config, facts, machine, Cluster(1, case.ranks, machine.link)) for machine in (before, after)]
+    planned_seconds = statistics.mean(plan.step.total for plan in plans)
+    needed = plans[0].memory
+    found = Compared(
+        case, seconds, planned_seconds, peak, needed.total + needed.prepacked, needed.base, plans[0], plans[1]
+    )
+    return found, after
 
 
 def show(found: list[Compared]) -> None:
@@ -203,12 +217,12 @@ def measure(
         work = Path(folder)
         tool("make_random_checkpoint.py", "--shape", "mid", "--out", work / "mid")
         motion_shards(work, per_class=8, frames=FRAMES, size=SIZE)
-        if args.machine is None:
-            tool("plan.py", "--calibrate", work / "machine.json")
-        machine = read_machine(args.machine or work / "machine.json")
+        machine = calibrated(work) if args.machine is None else read_machine(args.machine)
         found = []
         for case in cases:
-            found.append(compare(case, work / "mid" if case.model == MID else args.model, work, machine))
+            model = work / "mid" if case.model == MID else args.model
+            compared, machine = compare(case, model, work, machine, again=args.machine is None)
+            found.append(compared)
             show(found[-1:])
     return machine, found
 

@@ -20,7 +20,7 @@ thread.
 Bar: sent over minimum 1.05. It fails when hosts compute other numbers than ranks of one host, or when a loss is more
 than 2 % from one rank's: other micro-batches and other orders of summing round bf16 otherwise.
 
-`accumulation` is 2 ranks with 2 micro-batches: DeepSpeed's ZeRO-2 reduces gradients after each of them.
+`accumulation` is 2 ranks with 2 micro-batches, after each of which DeepSpeed's own ZeRO-2 would reduce gradients.
 Tables go to the screen, numbers and a picture into benchmarks/results/. Exit codes: 0 done, 1 a run failed or numbers
 differ, 2 wrong options.
 """

@@ -27,7 +27,7 @@ FRAGMENTATION = 1.1  # what the allocator takes is this times what tensors need
 # trained tensor (fewer with training/reduction.py's LocalSum), and to gather and drop a module's weights under ZeRO-3,
 # alone and with a second rank. Measured on two CPU cores; to gather is assumed to take 0.2 ms with a GPU.
 STEP_OPERATIONS, TENSOR_OPERATIONS, SUMMED_TENSOR_OPERATIONS = 300, 8, 0.5
-GATHER_OPERATIONS, GATHER_TOGETHER_OPERATIONS, GATHER_GPU_SECONDS = 43, 90, 0.2e-3
+GATHER_OPERATIONS, GATHER_TOGETHER_OPERATIONS, GATHER_GPU_SECONDS = 43, 63, 0.2e-3
 FORWARD_MOVES = 1 / 3  # of a layer's plain passes, those that are forward
 NARROW = 64  # the least side of a product that counts as narrow: LoRA's
 

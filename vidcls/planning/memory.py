@@ -96,8 +96,8 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, shar
         checkpoint = float(CHECKPOINT_BYTES * trained)
         if ranks == 1:
             gathered = 0.0  # the partition is the whole
-        elif stage == 3:  # gloo's copy, the buffer of what came from others, and what is made of it
-            gathered += 2 * size * max(work.largest_layer, work.model.embedding_weights)
+        elif stage == 3:  # gloo's copy, the buffer it fills, and about as much that is freed and not given back
+            gathered += 3 * size * max(work.largest_layer, work.model.embedding_weights)
     found = Memory(
         base=machine.base_bytes,
         frozen_weights=frozen_bytes,

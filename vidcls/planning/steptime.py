@@ -27,6 +27,9 @@ FORWARD_OPERATIONS, BACKWARD_OPERATIONS, AROUND_OPERATIONS = 60, 55, 80
 # turns its queries and keys in float32. UNFOLDING: of a shared prefix, over what every piece has.
 MOVES = {"language": 12, "vision": 60}
 UNFOLDING = 10
+# On a CPU products and passes take this much longer in a step than when each is repeated by itself: 10 % for the real
+# 3B shape on one machine, 12 % for a small one on another (benchmarks/README.md, plan.py).
+IN_A_STEP = 1.1
 OPTIMIZER_BYTES = 40  # of a trained number: gradient, master and moments read and written, norm and clipping
 SENT_GRADIENT, SENT_WEIGHT = 4, 2  # communication_data_type fp32; bf16
 
@@ -82,15 +85,16 @@ def step_time(
     """Of an optimizer step with `accumulation` micro-batches such as `work`; `packed`: which part of the matrices that
     can be prepacked is."""
     shared = 1 if machine.on_gpu else cluster.per_node  # ranks of a CPU share its cores and its memory
+    slower = shared if machine.on_gpu else shared * IN_A_STEP
     all_products = micro_batch(work)
     gain = machine.prepacking_gain
-    products = shared * sum(
+    products = slower * sum(
         product.count
         * (packed + (1 - packed) * gain if product.frozen else gain)
         * machine.product_seconds(product, value_bytes=work.value_bytes)
         for product in all_products
     )
-    passes = shared * (sum(_passes(block, work, machine) for block in work.blocks) + _pixels(work, machine))
+    passes = slower * (sum(_passes(block, work, machine) for block in work.blocks) + _pixels(work, machine))
     host = operations(work) * machine.operation_seconds
     if work.gathered:
         host += gathers(work) * _gather_seconds(machine, cluster)

@@ -22,7 +22,7 @@ ATTENTION_SIZE = 512  # of an attention head, where the hidden size is not small
 LEAST_SPARED = 0.05
 PREPACKING_SHARE = 0.75  # of the memory that is free, for what prepack_weights adds
 EXCHANGING_RANKS = 2  # of a host among several: with more, training/reduction.py does not exchange parts of gradients
-LOCAL_SUM = 10**8  # trained numbers whose gradients a rank keeps whole, 0.4 GB, to reduce them once a step
+LOCAL_SUM = 10**8  # trained numbers whose gradients a rank keeps whole, 0.4 GB, twice while they are exchanged
 DEFAULT_PROMPT = f"{VIDEO_TAG}\nWhat action is shown in the video? {ACTION_TOKEN}"
 DEFAULT_NAME = "default"
 
@@ -43,10 +43,16 @@ def spared_tokens(clips: int, prefix: int, tokens: int) -> int:
     return spared if spared >= LEAST_SPARED * tokens else 0
 
 
-def sums_locally(trained: int) -> bool:
-    """Whether ZeRO-2, without offload, sums the gradients of so many trained numbers over a step's micro-batches on
-    each rank, and reduces them once."""
-    return trained <= LOCAL_SUM
+def offloads(zero: dict[str, Any], key: str) -> bool:
+    """Whether a DeepSpeed file's zero_optimization has something offloaded: offload_optimizer or offload_param."""
+    value = zero.get(key)
+    return isinstance(value, dict) and value.get("device", "none") != "none"
+
+
+def sums_locally(trained: int, stage: int, zero: dict[str, Any]) -> bool:
+    """Whether training/reduction.py sums the gradients of so many trained numbers over a step's micro-batches on each
+    rank, and reduces them once; `zero` as of `offloads`."""
+    return stage == 2 and not offloads(zero, "offload_optimizer") and trained <= LOCAL_SUM
 
 
 class ConfigError(ValueError):

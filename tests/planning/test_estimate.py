@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,23 +108,39 @@ def test_the_fastest_that_fits_is_first() -> None:
     assert all(way.plan.global_ == 64 for way in ways)
 
 
+def test_a_calibration_of_another_version_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    write_machine(published("h100"), path)
+    values = json.loads(path.read_text())
+    del values["forward_seconds"]
+    path.write_text(json.dumps(values | {"step_seconds": 0.01}))
+    with pytest.raises(ValueError, match="of another version, by forward_seconds, step_seconds"):
+        read_machine(path)
+
+
+FUSED = (Rate(16, 32, 1e9), Rate(64, 32, 2e9), Rate(16, 80, 3e9), Rate(64, 80, 4e9))
+
+
 def test_a_rate_lies_between_those_that_were_measured(tmp_path: Path) -> None:
     rates = (Rate(4, 100, 1e9), Rate(64, 100, 3e9), Rate(4, 10000, 5e9), Rate(64, 10000, 7e9))
     values = {**published("h100").value_seconds, "move": 1e-30}
-    machine = replace(published("h100"), rates=rates, batched=rates[:2], fused=rates[2:], value_seconds=values)
+    machine = replace(published("h100"), rates=rates, batched=rates, fused=FUSED, value_seconds=values)
 
     def rate(rows: int, inner: int, outer: int, **kind: Any) -> float:
         product = Product("forward", "", rows, inner, outer, **kind)
         return product.flops / machine.product_seconds(product, value_bytes=2)
 
-    assert rate(4, 10, 100, batch=3) == pytest.approx(1e9)
-    assert rate(4, 10, 10, batch=3, fused=True) == pytest.approx(5e9)
+    assert rate(4, 10, 10, batch=3) == pytest.approx(1e9)
+    assert rate(64, 100, 100, batch=3) == pytest.approx(7e9)
+    assert rate(512, 80, 64, batch=3, fused=(64, 80)) == pytest.approx(4e9)  # 8 query heads of a key
+    assert rate(64, 16, 32, batch=3, fused=(16, 32)) == pytest.approx(1e9)
     assert rate(4, 10, 10) == pytest.approx(1e9)
     assert rate(16, 10, 10) == pytest.approx(2e9)  # halfway in the logarithm
     assert rate(16, 10, 100) == pytest.approx(4e9)
     assert rate(1000, 1000, 1000) == pytest.approx(7e9)  # the nearest beyond the ends
     narrow = Product("forward", "", 1000, 1000, 16)
     slow = replace(machine, narrow_seconds=1e-3)
+    assert slow.product_seconds(replace(narrow, frozen=True), value_bytes=2) < 1
     assert slow.product_seconds(narrow, value_bytes=2) == pytest.approx(1e-3 * (1000 * 1000 + 2 * 16 * 1000))
     write_machine(machine, tmp_path / "machine.json")
     assert read_machine(tmp_path / "machine.json") == machine

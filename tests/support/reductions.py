@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
 from vidcls import distributed
@@ -20,7 +21,8 @@ from vidcls.faults.guard import Limits, guarded
 from vidcls.training import reduction
 
 MICRO_BATCHES = 2
-WAYS = ("exchange", "reduce_scatter", "all_reduce", "buckets")
+WAYS = ("exchange", "exchange in bf16", "reduce_scatter", "all_reduce", "buckets")
+UNUSED = 5  # numbers that nothing depends on
 SIZES = (7, 1000, 3, 33, 501, 1)  # ranks own uneven parts of a bucket, and of some none
 BUCKET = 900
 COLLECTIVES = {  # and what is sent
@@ -32,20 +34,23 @@ COLLECTIVES = {  # and what is sent
 
 
 class Weighted(nn.Module):
-    """The sum of all parameters, each number times a factor, which is its gradient."""
+    """The sum of all parameters but one, each number times a factor, which is its gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weights = nn.ParameterList([nn.Parameter(torch.randn(size)) for size in SIZES])
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(size).to(dtype)) for size in SIZES])
+        self.unused = nn.Parameter(torch.randn(UNUSED).to(dtype))
 
     def forward(self, factors: list[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([(p * c).sum() for p, c in zip(self.weights, factors, strict=True)]).sum()
+        pairs = zip(self.weights, factors, strict=True)
+        return torch.stack([(p.float() * c).sum() for p, c in pairs]).sum()
 
 
-def engine() -> tuple[deepspeed.DeepSpeedEngine, list[torch.Tensor]]:
+def engine(bf16: bool) -> tuple[deepspeed.DeepSpeedEngine, list[torch.Tensor]]:
     torch.manual_seed(0)
-    model = Weighted()
-    before = [p.detach().clone() for p in model.parameters()]
+    model = Weighted(torch.bfloat16 if bf16 else torch.float32)
+    parameters = list(model.parameters())
+    before = [p.detach().float() for p in parameters]
     zero = {"stage": 2, "reduce_bucket_size": BUCKET, "overlap_comm": True, "reduce_scatter": True}
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -54,14 +59,17 @@ def engine() -> tuple[deepspeed.DeepSpeedEngine, list[torch.Tensor]]:
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,  # DeepSpeed's default is 1
         "communication_data_type": "fp32",
+        "bf16": {"enabled": bf16},
     }
-    made, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), config=config)
+    groups = [{"params": parameters[:3]}, {"params": parameters[3:]}]
+    made, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(groups, lr=1.0), config=config)
     return made, before
 
 
 def factors_of(rank: int, micro_batch: int) -> list[torch.Tensor]:
+    """Eighths, which bf16 holds exactly."""
     generator = torch.Generator().manual_seed(MICRO_BATCHES * rank + micro_batch + 1)
-    return [torch.randn(size, generator=generator) for size in SIZES]
+    return [torch.randint(-16, 17, (size,), generator=generator) / 8 for size in SIZES]
 
 
 def step(made: deepspeed.DeepSpeedEngine, factor: float = 1.0) -> bool:
@@ -85,12 +93,15 @@ def counting(name: str, argument: str, sent: Counter[str]) -> Callable[..., Any]
 
 def look(way: str) -> dict[str, Any]:
     """What is found on this rank when gradients are reduced in one of WAYS."""
-    made, before = engine()
-    local, kept = way != "buckets", (reduction.sums_locally, reduction._way)
-    reduction.sums_locally = lambda trained: local
-    reduction._way = lambda group: None if distributed.world_size() == 1 else way if local else "exchange"
+    bf16 = way.endswith("bf16")
+    made, before = engine(bf16)
+    kept = reduction.LOCAL_SUM, reduction._way
+    way = way.removesuffix(" in bf16")
+    reduction.LOCAL_SUM = 0 if way == "buckets" else sum(SIZES) + UNUSED
+    forced = "exchange" if way == "buckets" else way
+    reduction._way = lambda group: None if distributed.world_size() == 1 else forced
     reduction.reduce_to_owners(made)
-    reduction.sums_locally, reduction._way = kept
+    reduction.LOCAL_SUM, reduction._way = kept
     sent: Counter[str] = Counter()
     functions = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
     for name, argument in COLLECTIVES.items():
@@ -100,13 +111,18 @@ def look(way: str) -> dict[str, Any]:
         setattr(torch.distributed, name, function)
     found: dict[str, Any] = {"sent": sent, "norm": float(made.get_global_grad_norm())}
     ranks = range(distributed.world_size())
-    everything = [factors_of(rank, number) for rank in ranks for number in range(MICRO_BATCHES)]
+    everything = [[torch.zeros(UNUSED), *factors_of(rank, n)] for rank in ranks for n in range(MICRO_BATCHES)]
     means = [torch.stack(each).double().mean(0) for each in zip(*everything, strict=True)]
-    after = [p.detach().clone() for p in made.module.parameters()]
-    found["off"] = max((a - (b - m)).abs().max().item() for a, b, m in zip(after, before, means, strict=True))
-    found["right_norm"] = torch.cat(means).norm().item()
+
+    def off(steps: int) -> float:
+        after = [safe_get_full_fp32_param(p) for p in made.module.parameters()]
+        return max((a - (b - steps * m)).abs().max().item() for a, b, m in zip(after, before, means, strict=True))
+
+    found["off"], found["right_norm"] = off(1), torch.cat(means).norm().item()
     found["applied"] = step(made, factor=float("inf") if distributed.rank() == ranks[-1] else 1.0)
-    found["moved"] = any(not torch.equal(a, p) for a, p in zip(after, made.module.parameters(), strict=True))
+    found["off_when_skipped"] = off(1)
+    assert step(made)
+    found["off_afterwards"] = off(2)
     return found
 
 

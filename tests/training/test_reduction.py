@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import launch
-from tests.support.reductions import MICRO_BATCHES, SIZES, WAYS
+from tests.support.reductions import MICRO_BATCHES, SIZES, UNUSED, WAYS
 from vidcls.training.sharded_state import WEIGHT, StoredState
 
 pytestmark = pytest.mark.launch
@@ -17,19 +17,20 @@ STEPS, SETTLED = 8, 5  # the self-check gathers what it compares in the first on
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_owners_get_the_mean_gradient(tmp_path: Path, ranks: int) -> None:
-    """Parts of uneven size, some of nobody's; whole or in several buckets."""
+    """Parts of uneven size, some of nobody's and one without a gradient; whole or in several buckets."""
     done = launch.deepspeed(ranks, "tests/support/reductions.py", log=tmp_path / "log")
     assert done.code == 0, done.output[-3000:]
     (line,) = [line for line in done.output.splitlines() if line.startswith("found ")]
     found = json.loads(line.removeprefix("found "))
     assert list(found) == list(WAYS)
-    numbers = sum(SIZES)
+    whole, padding = sum(SIZES) + UNUSED, 16 * ranks
     # What is handed over, and how much padding may be in it; of it that of another rank leaves this one.
     payloads = {
-        "exchange": ("all_to_all_single", numbers, 8 * ranks),
-        "reduce_scatter": ("reduce_scatter_tensor", numbers, 8 * ranks),
-        "all_reduce": ("all_reduce", numbers, 8 * ranks + 10),  # norms and flags
-        "buckets": ("all_to_all_single", MICRO_BATCHES * numbers, 0),
+        "exchange": ("all_to_all_single", whole, padding),
+        "exchange in bf16": ("all_to_all_single", whole, padding),
+        "reduce_scatter": ("reduce_scatter_tensor", whole, padding),
+        "all_reduce": ("all_reduce", whole, padding + 10),  # norms and flags
+        "buckets": ("all_to_all_single", MICRO_BATCHES * sum(SIZES), 0),
     }
     for way, of_ranks in found.items():
         assert len(of_ranks) == ranks
@@ -37,13 +38,14 @@ def test_owners_get_the_mean_gradient(tmp_path: Path, ranks: int) -> None:
             assert of_rank["off"] < 1e-6, way
             assert of_rank["norm"] == pytest.approx(of_rank["right_norm"], rel=1e-6), way
             assert not of_rank["applied"], way
-            assert not of_rank["moved"], way
+            assert of_rank["off_when_skipped"] == of_rank["off"], way
+            assert of_rank["off_afterwards"] < 2e-6, way
             sent = of_rank["sent"]
             assert sent.get("reduce", 0) == 0
             if ranks > 1:
-                collective, least, padding = payloads[way]
-                assert least <= sent[collective] <= least + padding, way
-                assert sum(sent.values()) <= least + padding + 10, way
+                collective, least, more = payloads[way]
+                assert least <= sent[collective] <= least + more, way
+                assert sum(sent.values()) <= least + more + 10, way
 
 
 def test_a_training_step_sends_each_gradient_and_each_weight_once(small_shards: Path, tmp_path: Path) -> None:

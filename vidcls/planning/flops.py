@@ -18,7 +18,7 @@ Phase = Literal["forward", "backward", "recomputed"]
 @dataclass(frozen=True)
 class Product:
     """`count` times [rows, inner] x [inner, outer]. batch: so many at once, each with factors of its own. frozen: of a
-    layer's own matrix, which does not change. fused: into one operation, attention."""
+    layer's own matrix, which does not change. fused: of attention in one operation, its tokens and its heads' width."""
 
     phase: Phase
     part: str
@@ -28,7 +28,7 @@ class Product:
     count: float = 1
     batch: int = 1
     frozen: bool = False
-    fused: bool = False
+    fused: tuple[int, int] | None = None
 
     @property
     def flops(self) -> float:
@@ -115,6 +115,7 @@ def _attended(attention: Attention, part: str, phase: Phase, *, times: int, fuse
         rows = (attention.rows or length) * per_key_head
         batch = count * attention.kv_heads
         number = times * share
-        scores = Product(phase, part, rows, attention.head_width, length, number + extra * share, batch, fused=fused)
+        kernel = (length, attention.head_width) if fused else None
+        scores = Product(phase, part, rows, attention.head_width, length, number + extra * share, batch, fused=kernel)
         yield scores
         yield replace(scores, inner=length, outer=attention.head_width, count=number)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Machine:
     prepacking_gain: of a CPU, whose rates are those of prepacked weights, how many times as fast as with plain ones.
     value_seconds: of one value, by the keys of PASS_BYTES; forward_seconds: of it, forward alone. loader_seconds: that
     a loader worker takes from a rank for one byte of a frame, where they share cores.
-    base_bytes: of a rank before it has a model. shared_cores: ranks of a node share what was measured (a CPU).
+    base_bytes: of a rank before it has a model.
     """
 
     name: str
@@ -121,12 +121,12 @@ class Machine:
             rate = self.peak * PRODUCTS_EFFICIENCY * rows / (rows + HALF_RATE_ROWS)
         elif one.fused:
             # Scores are not moved, and so what is moved is no bound.
-            return one.flops / _rate(self.fused, rows, min(one.inner, one.outer))
+            return one.flops / _rate(self.fused, *one.fused)
         elif one.batch > 1:
             rate = _rate(self.batched, rows, weights)
         else:
             rate = _rate(self.rates, rows, weights)
-        if min(one.rows, one.inner, one.outer) <= NARROW and one.batch == 1:
+        if min(one.rows, one.inner, one.outer) <= NARROW and one.batch == 1 and not one.frozen:
             passing = max(passing, one.bytes(1) * self.narrow_seconds)
         return max(one.flops / rate, passing)
 
@@ -184,12 +184,14 @@ def read_machine(path: Path) -> Machine:
     """What `write_machine` wrote. Raises ValueError naming a file that is missing, damaged or of another version."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if other := {field.name for field in fields(Machine)} ^ values.keys():
+            raise ValueError(f"--machine: {str(path)!r} is of another version, by {', '.join(sorted(other))}")
         rates = {name: tuple(Rate(**rate) for rate in values[name]) for name in ("rates", "batched", "fused")}
         machine = Machine(**values | rates | {"assumptions": tuple(values["assumptions"])})
         missing = PASS_BYTES.keys() - (machine.value_seconds.keys() & machine.forward_seconds.keys())
     except FileNotFoundError:
         raise ValueError(f"--machine: {str(path)!r} is not a file; --calibrate writes one") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"--machine: {str(path)!r} is no calibration: {error!r}") from None
     missing |= {name for name, found in rates.items() if not found}
     if missing:

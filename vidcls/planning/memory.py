@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vidcls.config import Config
-from vidcls.options import DEFAULT_MEMORY_LIMIT, PREPACKING_SHARE, sums_locally
+from vidcls.options import DEFAULT_MEMORY_LIMIT, PREPACKING_SHARE, offloads, sums_locally
 from vidcls.planning import activations
 from vidcls.planning.machines import FRAGMENTATION, Machine
 from vidcls.planning.workload import Workload
@@ -61,14 +61,14 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, shar
     size, trained, stage = work.value_bytes, work.trained, config.zero_stage
     full = trained_of_backbone(work)
     frozen = work.model.weights - full
-    offloaded = _offloaded(zero, "offload_optimizer")
+    offloaded = offloads(zero, "offload_optimizer")
     gathered = 0.0
     bucket = zero.get("reduce_bucket_size", DEFAULT_BUCKET)
     buckets = 2 if stage == 2 and zero.get("overlap_comm", False) else 1
     if not machine.on_gpu:
         bucket = min(bucket, trained)
     if stage == 3:
-        own = 0.0 if _offloaded(zero, "offload_param") else 1 / ranks
+        own = 0.0 if offloads(zero, "offload_param") else 1 / ranks
         frozen_bytes, trained_bytes = frozen * size * own, trained * size * own
         live = zero.get("stage3_max_live_parameters", DEFAULT_LIVE)
         live += zero.get("stage3_prefetch_bucket_size", 0)
@@ -78,7 +78,7 @@ def memory(work: Workload, config: Config, machine: Machine, *, ranks: int, shar
     states = 0.0 if offloaded else 3 * FLOAT * trained / ranks
     if config.optim.ema_decay is not None and not offloaded:
         states += FLOAT * trained / ranks
-    if stage == 2 and not offloaded and sums_locally(trained):
+    if sums_locally(trained, stage, zero):
         gradients = _local_sum(trained, size, ranks, on_gpu=machine.on_gpu)
     else:
         gradients = (0.0 if offloaded else FLOAT * trained / ranks) + bucket * (buckets * size + FLOAT)
@@ -173,8 +173,3 @@ def trained_of_backbone(work: Workload) -> int:
         if layer.trains
     )
     return min(matrices, model.weights)
-
-
-def _offloaded(zero: dict[str, Any], key: str) -> bool:
-    value = zero.get(key)
-    return isinstance(value, dict) and value.get("device", "none") != "none"

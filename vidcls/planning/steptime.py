@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from vidcls.options import EXCHANGING_RANKS, sums_locally
+from vidcls.options import EXCHANGING_RANKS
 from vidcls.planning.flops import micro_batch
 from vidcls.planning.machines import (
     GATHER_GPU_SECONDS,
@@ -31,6 +31,7 @@ UNFOLDING = 10
 # 3B shape on one machine, 12 % for a small one on another (benchmarks/README.md, plan.py).
 IN_A_STEP = 1.1
 OPTIMIZER_BYTES = 40  # of a trained number: gradient, master and moments read and written, norm and clipping
+SUMMING_BYTES = 14  # of a trained number in a micro-batch: joined in bf16, then added to a float32 sum
 SENT_GRADIENT, SENT_WEIGHT = 4, 2  # communication_data_type fp32; bf16
 
 
@@ -100,10 +101,12 @@ def step_time(
         host += gathers(work) * _gather_seconds(machine, cluster)
     if machine.on_gpu:
         host = max(0.0, host - products - passes)
-    each = SUMMED_TENSOR_OPERATIONS if not work.gathered and sums_locally(work.trained) else TENSOR_OPERATIONS
-    step = (STEP_OPERATIONS + work.trained_tensors * each) * machine.operation_seconds
-    own = work.trained / cluster.ranks
-    optimizer = step + shared * own * OPTIMIZER_BYTES / machine.bandwidth
+    each = SUMMED_TENSOR_OPERATIONS if work.summed else TENSOR_OPERATIONS
+    step = (STEP_OPERATIONS + accumulation * work.trained_tensors * each) * machine.operation_seconds
+    passed = work.trained / cluster.ranks * OPTIMIZER_BYTES
+    if work.summed:
+        passed += accumulation * work.trained * SUMMING_BYTES
+    optimizer = step + shared * passed / machine.bandwidth
     read = work.clips.count * work.clips.pixel_bytes if _has_vision(work) else 0
     return StepTime(
         products=accumulation * products,
@@ -111,7 +114,7 @@ def step_time(
         host=accumulation * host,
         optimizer=optimizer,
         communication=_sent(work, machine, cluster, accumulation) / cluster.slowest(machine.link),
-        loader=accumulation * shared * read * machine.loader_seconds,
+        loader=accumulation * read * machine.loader_seconds,  # as many workers more as there are ranks
     )
 
 
@@ -148,7 +151,7 @@ def _sent(work: Workload, machine: Machine, cluster: Cluster, accumulation: int)
     gradients = work.trained * SENT_GRADIENT
     if work.gathered:
         return share * accumulation * (gradients + 2 * work.model.weights * SENT_WEIGHT)
-    once = sums_locally(work.trained)
+    once = work.summed
     to_owners = once if machine.on_gpu else cluster.exchanges
     return share * (gradients * (1 if once else accumulation) * (1 if to_owners else 2) + work.trained * SENT_WEIGHT)
 

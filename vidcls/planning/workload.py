@@ -9,7 +9,7 @@ from typing import Literal
 
 from vidcls.config import Config
 from vidcls.model.shapes import Architecture, Layers
-from vidcls.options import ATTENTION_SIZE, spared_tokens
+from vidcls.options import ATTENTION_SIZE, spared_tokens, sums_locally
 
 Tuning = Literal["frozen", "lora", "full"]
 
@@ -162,7 +162,8 @@ class Workload:
 
     fused_attention: torch's fused kernels or flash attention (a GPU); on a CPU attention that trains is written out.
     plain_layers: LoRA as PEFT computes it (under ZeRO-3 and with DoRA), not as model/adapters.py does. gathered: layers
-    gather their weights, which are partitioned (ZeRO-3). mask_bytes: of a value in a dropout mask of torch's own.
+    gather their weights, which are partitioned (ZeRO-3). summed: gradients are, on each rank, over a step's
+    micro-batches (training/reduction.py). mask_bytes: of a value in a dropout mask of torch's own.
     """
 
     model: Architecture
@@ -177,6 +178,7 @@ class Workload:
     plain_layers: bool
     dora: bool
     gathered: bool
+    summed: bool
     mask_bytes: int
     vision_trains: bool
     bf16: bool
@@ -237,6 +239,7 @@ class Workload:
             plain_layers=stage == 3 or options.use_dora,
             dora=options.use_dora,
             gathered=stage == 3,
+            summed=sums_locally(trained, stage, config.zero["zero_optimization"]),
             mask_bytes=1 if on_gpu else 2 if config.optim.bf16 else 4,
             vision_trains=options.vision_tuning != "frozen" or options.merger_tuning != "frozen",
             bf16=config.optim.bf16,

@@ -162,7 +162,7 @@ def step_bytes(config: Config, trained: int) -> int:
     while the other is reduced (with a LocalSum, one of all that this rank has and one of what others send), and this
     rank's part of all gradients, accumulated and as the optimizer takes it."""
     bucket = int(config.zero["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET))
-    if config.zero_stage == 2 and sums_locally(trained):
+    if sums_locally(trained, config.zero_stage, config.zero["zero_optimization"]):
         bucket = trained
     return 4 * (2 * min(bucket, trained) + 2 * math.ceil(trained / distributed.world_size()))
 

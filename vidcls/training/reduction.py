@@ -12,13 +12,14 @@ from typing import Any, Literal, TypeAlias
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
+from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch._utils import _flatten_dense_tensors
 
 from vidcls import distributed
 from vidcls.options import EXCHANGING_RANKS, LOCAL_SUM
 
 Way: TypeAlias = Literal["exchange", "reduce_scatter", "all_reduce"]
-NORM_NUMBERS = 2**16  # whose squares are summed at a time: a float32 sum over many more loses digits
+NORM_NUMBERS = 2**20  # that are made float64 at a time: a float32 sum of squares over many loses digits
 
 
 def reduce_to_owners(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -166,10 +167,12 @@ class LocalSum:
 
     def _norm_over_ranks(self, part_P: torch.Tensor) -> torch.Tensor:
         """Of the whole gradient, a float32 scalar; not finite where a gradient is not."""
-        square = torch.stack(torch._foreach_norm(part_P.split(NORM_NUMBERS))).square().sum()
+        dtype = get_norm_dtype()
+        norms = [torch.linalg.vector_norm(piece, dtype=dtype) for piece in part_P.split(NORM_NUMBERS)]
+        square = torch.stack(norms).square().sum()
         if self._ranks > 1:
             torch.distributed.all_reduce(square, group=self._optimizer.dp_process_group)
-        return square.sqrt()
+        return square.sqrt().float()
 
     def _is_infinite(self, partition_gradients: bool = True) -> bool:
         assert self._norm is not None

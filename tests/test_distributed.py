@@ -97,7 +97,8 @@ def faults():
     for _ in range(10):
         torch.ones(25_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print(-faults() + faults())
+counts = [faults() for _ in range(4)]
+print(min(after - before for before, after in zip(counts, counts[1:])))
 distributed.stop()
 """
 
@@ -105,7 +106,8 @@ distributed.stop()
 @pytest.mark.launch
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_memory_that_was_freed_is_used_again() -> None:
-    """100 MB ten times are 244,000 pages of 4 kB, or 500 of 2 MB."""
+    """100 MB ten times are 244,000 pages of 4 kB, or 500 of 2 MB. The least of three times: what another thread takes
+    in between can make the heap grow once."""
     words = [sys.executable, "-c", AGAIN]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=True)
     assert int(done.stdout.splitlines()[-1]) < 100

@@ -1,6 +1,6 @@
 """Peak memory of a rank beside the sum of weights, optimizer state, gradients, activations and the rest.
 
-    python benchmarks/memory.py [--model DIR] [--only NAME ...] [--machine FILE]       about eight minutes
+    python benchmarks/memory.py [--model DIR] [--only NAME ...] [--machine FILE]       about five minutes
 
 Trains the cases of plan.py through the deepspeed launcher. A peak is the largest resident set (VmHWM) of the rank that
 needed most, its mapped part of the checkpoint included. The sum is `vidcls.planning.memory`'s, part by part; what the
@@ -67,7 +67,7 @@ def draw(found: list[Compared], path: Path) -> None:
 
 
 def main() -> int:
-    found = command(__doc__, "memory", show)
+    found = command(__doc__, "memory", show, timed=False)
     if found:
         draw(found, RESULTS / "memory.png")
     return 0 if found else 1

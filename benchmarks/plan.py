@@ -206,9 +206,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
 
 
 def measure(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, show: Callable[[list[Compared]], None]
+    parser: argparse.ArgumentParser, args: argparse.Namespace, show: Callable[[list[Compared]], None], *, timed: bool
 ) -> tuple[Machine, list[Compared]]:
-    """All cases that `args` ask for; each is shown when it is done."""
+    """All cases that `args` ask for; each is shown when it is done. timed: measure the machine after each, too."""
     cases = [case for case in CASES if case.model == MID or args.model]
     cases = [case for case in cases if args.only is None or case.name in args.only]
     if not cases:
@@ -221,18 +221,20 @@ def measure(
         found = []
         for case in cases:
             model = work / "mid" if case.model == MID else args.model
-            compared, machine = compare(case, model, work, machine, again=args.machine is None)
+            compared, machine = compare(case, model, work, machine, again=timed and args.machine is None)
             found.append(compared)
             show(found[-1:])
     return machine, found
 
 
-def command(description: str | None, name: str, show: Callable[[list[Compared]], None]) -> list[Compared]:
-    """All that a benchmark of plans does; nothing when a case failed, which has been said."""
+def command(
+    description: str | None, name: str, show: Callable[[list[Compared]], None], *, timed: bool
+) -> list[Compared]:
+    """All that a benchmark of plans does, `timed` as of `measure`; nothing when a case failed, which has been said."""
     parser = options(description)
     args = parser.parse_args()
     try:
-        machine, found = measure(parser, args, show)
+        machine, found = measure(parser, args, show, timed=timed)
     except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return []
@@ -243,7 +245,7 @@ def command(description: str | None, name: str, show: Callable[[list[Compared]],
 
 
 def main() -> int:
-    return 0 if command(__doc__, "plan", show) else 1
+    return 0 if command(__doc__, "plan", show, timed=True) else 1
 
 
 if __name__ == "__main__":

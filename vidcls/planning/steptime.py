@@ -27,8 +27,9 @@ FORWARD_OPERATIONS, BACKWARD_OPERATIONS, AROUND_OPERATIONS = 60, 55, 80
 # turns its queries and keys in float32. UNFOLDING: of a shared prefix, over what every piece has.
 MOVES = {"language": 12, "vision": 60}
 UNFOLDING = 10
-# On a CPU products and passes take this much longer in a step than when each is repeated by itself: 10 % for the real
-# 3B shape on one machine, 12 % for a small one on another (benchmarks/README.md, plan.py).
+# On a CPU products and passes take longer in a step than when each is repeated by itself; plans without this came out 4
+# to 14 % short for the real 3B shape on one machine, 7 to 18 % for a small one on another (benchmarks/README.md,
+# plan.py).
 IN_A_STEP = 1.1
 OPTIMIZER_BYTES = 40  # of a trained number: gradient, master and moments read and written, norm and clipping
 SUMMING_BYTES = 14  # of a trained number in a micro-batch: joined in bf16, then added to a float32 sum

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from tests.support.shards import clip_batches, make_shards
 from tests.support.web import web
 from tools.make_motion_clips import write_video
 from vidcls.config import PromptError
+from vidcls.data import reading
 from vidcls.data.augment import AugmentSettings
+from vidcls.data.background import SCHED_IDLE
 from vidcls.data.batch import Batch, collate, prepare_clip
 from vidcls.data.codecs import FrameError, decode_frames
 from vidcls.data.frames import Views, jittered, view
@@ -74,6 +77,39 @@ def test_batches_do_not_depend_on_the_worker_count(clips: ClipBatches, workers: 
     # And each dropped before the next, which uses the same memory over and over.
     for one, batch in zip(alone, read_batches(clips, requests, workers=workers, pin=False), strict=True):
         assert same(one, batch)
+
+
+def has_leisure() -> bool:
+    """Whether a thread of the one loader worker leaves the cores to others."""
+    (worker,) = multiprocessing.active_children()
+    threads = os.listdir(f"/proc/{worker.pid}/task")
+    return any(os.sched_getscheduler(int(thread)) == SCHED_IDLE for thread in threads)
+
+
+@pytest.mark.skipif(SCHED_IDLE is None, reason="SCHED_IDLE is Linux's")
+@pytest.mark.parametrize("pin", [False, True])
+def test_workers_leave_the_cores_to_a_rank_that_computes_on_them(
+    clips: ClipBatches, monkeypatch: pytest.MonkeyPatch, pin: bool
+) -> None:
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)  # it needs a GPU
+    batches = read_batches(clips, [Request((0,))] * 9, workers=1, pin=pin)
+    for _ in range(3):
+        next(batches)
+    assert has_leisure() == (not pin)
+    assert batches._background is None or not batches._background.hurried
+    batches.close()
+
+
+def test_workers_hurry_when_a_rank_waits_for_them(clips: ClipBatches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LATE_SECONDS", 0.0)
+    monkeypatch.setattr(reading, "LATE_SHARE", 0.0)
+    batches = read_batches(clips, [Request((0,))] * 9, workers=1, pin=False)
+    assert batches._background is not None
+    next(batches)
+    assert not batches._background.hurried  # a start is a wait, whatever workers do
+    next(batches)
+    assert batches._background.hurried
+    assert len(list(batches)) == 7
 
 
 @pytest.mark.parametrize("name", ["TERM", "USR1"])

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vidcls.data.background import Background
 from vidcls.data.batch import Batch
 from vidcls.data.loader import ClipBatches, Request
+from vidcls.data.places import LocalFolder
 from vidcls.data.slots import FrameSlots
 
 WORKER_SECONDS = 300
@@ -28,6 +30,9 @@ SETTLE_SECONDS = 0.2
 """Before a fork. After a collective has returned a thread of gloo may still enter Python to drop a tensor; a child that
 is forked in that moment inherits a locked list of threads, and CPython 3.11 waits for it in os.fork, for ever."""
 CLIPS_NAMED = 8  # of a batch
+# A rank that has waited for so long, and for this share of the time, since its first batch has its workers hurry.
+LATE_SECONDS = 1.0
+LATE_SHARE = 0.2
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Looked up here and not in a forked process. Without it (not Linux) there is torch's own look at the parent, every 5 s.
@@ -56,10 +61,16 @@ class BatchReader:
         self._asked: deque[Request] = deque()
         asked = map(self._remember, requests)
         self._workers = workers
+        # What a shard that comes from elsewhere needs of a core (encryption, digests) is not known before it is there.
+        local = all(isinstance(source.index.folder, LocalFolder) for source in clips.sources)
+        self._background = Background() if local and not pin else None
         self._batches = (
-            _read_by_workers(clips, asked, workers, seconds, most_bytes) if workers else map(clips.__getitem__, asked)
+            _read_by_workers(clips, asked, workers, seconds, most_bytes, self._background)
+            if workers
+            else map(clips.__getitem__, asked)
         )
         self._pin = pin
+        self._began: tuple[float, float] | None = None  # when it had its first batch, and `waited` then
 
     def __iter__(self) -> BatchReader:
         return self
@@ -74,7 +85,12 @@ class BatchReader:
             reason = str(error).removesuffix(". ")
             raise LoaderError(f"a loader worker failed: {reason}; waited for {self.awaited()}") from error
         self._asked.popleft()
-        self.waited += time.perf_counter() - start
+        now = time.perf_counter()
+        self.waited += now - start
+        if self._background:
+            began, waited = self._began = self._began or (now, self.waited)
+            if self.waited - waited > max(LATE_SECONDS, LATE_SHARE * (now - began)):
+                self._background.hurry()
         return batch.pin_memory() if self._pin else batch
 
     def close(self) -> None:
@@ -102,6 +118,9 @@ def read_batches(
 ) -> BatchReader:
     """Read requests in order with `workers` processes ahead of the consumer (0: in this process).
 
+    pin: the batches are on their way to another device. Otherwise the consumer itself computes on the cores, and
+    workers read when it leaves one free, as long as it does not have to wait for them.
+
     The workers start at once. One that dies, or gives nothing for `seconds`, raises LoaderError instead of hanging
     the run. most_bytes: of the frames or features of any request; None: none has more clips than the first.
     """
@@ -109,7 +128,12 @@ def read_batches(
 
 
 def _read_by_workers(
-    clips: ClipBatches, requests: Iterator[Request], workers: int, seconds: int, most_bytes: int | None
+    clips: ClipBatches,
+    requests: Iterator[Request],
+    workers: int,
+    seconds: int,
+    most_bytes: int | None,
+    background: Background | None,
 ) -> Iterator[Batch]:
     first = list(itertools.islice(requests, 1))
     most = max((len(request.samples) for request in first), default=1)
@@ -121,7 +145,7 @@ def _read_by_workers(
         for request in itertools.chain(first, requests)
     )
     loader: DataLoader = DataLoader(
-        _Sender(clips, slots),
+        _Sender(clips, slots, background),
         batch_size=None,
         sampler=tasks,  # type: ignore[arg-type]
         num_workers=workers,
@@ -179,12 +203,15 @@ class _Parcel:
 class _Sender(Dataset[_Parcel]):
     """What a worker runs."""
 
-    def __init__(self, clips: ClipBatches, slots: FrameSlots) -> None:
+    def __init__(self, clips: ClipBatches, slots: FrameSlots, background: Background | None) -> None:
         self.clips = clips
         self.slots = slots
+        self.background = background
 
     def __getitem__(self, task: tuple[Request, int | None]) -> _Parcel:
-        request, slot = task
+        return self.background.run(partial(self._read, *task)) if self.background else self._read(*task)
+
+    def _read(self, request: Request, slot: int | None) -> _Parcel:
         into = None if slot is None else self.slots.view(slot, self.slots.size)
         return _Parcel.pack(self.clips.read(request, into), slot)
 

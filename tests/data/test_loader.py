@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -92,24 +94,65 @@ def test_workers_leave_the_cores_to_a_rank_that_computes_on_them(
     clips: ClipBatches, monkeypatch: pytest.MonkeyPatch, pin: bool
 ) -> None:
     monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)  # it needs a GPU
+    monkeypatch.setattr(reading, "PATIENCE_SECONDS", 60.0)  # for other processes of the machine
+    monkeypatch.setattr(reading, "LATE_SECONDS", 60.0)
     batches = read_batches(clips, [Request((0,))] * 9, workers=1, pin=pin)
     for _ in range(3):
         next(batches)
     assert has_leisure() == (not pin)
-    assert batches._background is None or not batches._background.hurried
+    assert (batches._background is None) == pin
     batches.close()
 
 
 def test_workers_hurry_when_a_rank_waits_for_them(clips: ClipBatches, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "LATE_SECONDS", 0.0)
-    monkeypatch.setattr(reading, "LATE_SHARE", 0.0)
-    batches = read_batches(clips, [Request((0,))] * 9, workers=1, pin=False)
-    assert batches._background is not None
-    next(batches)
-    assert not batches._background.hurried  # a start is a wait, whatever workers do
-    next(batches)
-    assert batches._background.hurried
-    assert len(list(batches)) == 7
+    now = 0.0
+    monkeypatch.setattr(reading.time, "perf_counter", lambda: now)
+    batches = read_batches(clips, [Request((0,))] * 99, workers=1, pin=False)
+    background = batches._background
+    assert background is not None
+
+    def after(computed: float, waited: float) -> bool:
+        """Whether workers hurry after a batch that was asked for `computed` seconds after the last, and waited for."""
+        nonlocal now, read
+        now += computed
+
+        def late() -> Batch:
+            nonlocal now
+            now += waited
+            return next(read)
+
+        batches._batches = iter(late, None)
+        next(batches)
+        return background.hurried
+
+    read = batches._batches
+    assert not after(0.0, 100.0)  # a start is a wait, whatever workers do
+    assert not any(after(36.0, 0.5) for _ in range(20))
+    assert not after(36_000.0, 0.0)
+    # Then somebody else takes the cores.
+    assert [after(0.1, 1.0) for _ in range(4)] == [False, False, False, True]
+    batches._batches = read
+    batches.close()
+
+
+def test_a_read_that_finds_no_core_is_done_again(clips: ClipBatches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot is not used again, for the first reading is still under way."""
+    requests = list(training_requests(JointOrder.single(26, 1), StepLayout(6, 3, 1, 0), 0, 6))
+    alone = list(read_batches(clips, requests, workers=0, pin=False))
+    monkeypatch.setattr(reading, "PATIENCE_SECONDS", 0.2)
+    read = ClipBatches.read
+
+    def starved(self: ClipBatches, request: Request, into: np.ndarray | None = None) -> Batch:
+        if threading.current_thread() is not threading.main_thread():
+            for _ in range(30):
+                time.sleep(0.1)
+                assert into is not None
+                into[:] = 7
+        return read(self, request, into)
+
+    monkeypatch.setattr(ClipBatches, "read", starved)
+    batches = read_batches(clips, requests, workers=1, pin=False)
+    assert all(same(a, b) for a, b in zip(alone, batches, strict=True))
 
 
 @pytest.mark.parametrize("name", ["TERM", "USR1"])
@@ -338,7 +381,9 @@ def test_shards_of_a_url_are_fetched_before_they_are_needed(
         order = JointOrder.single(26, 1, ShardWindow(index.shard, 1))
         requests = list(training_requests(order, StepLayout(2, 2, 1, 0), 0, 13))
         local = clip_batches(ShardIndex.open(small_shards), encoder, 16)
-        remote = list(read_batches(clips, requests, workers=2, pin=False))
+        batches = read_batches(clips, requests, workers=2, pin=False)
+        assert batches._background is None
+        remote = list(batches)
         assert all(same(a, b) for a, b in zip(remote, map(local.read, requests), strict=True))
         asked = {name: count for name, count in served.requests.items() if name.endswith(".tar")}
         assert set(asked) == {shard.name for shard in index.shards}

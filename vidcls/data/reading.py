@@ -30,9 +30,8 @@ SETTLE_SECONDS = 0.2
 """Before a fork. After a collective has returned a thread of gloo may still enter Python to drop a tensor; a child that
 is forked in that moment inherits a locked list of threads, and CPython 3.11 waits for it in os.fork, for ever."""
 CLIPS_NAMED = 8  # of a batch
-# A rank that has waited for so long, and for this share of the time, since its first batch has its workers hurry.
-LATE_SECONDS = 1.0
-LATE_SHARE = 0.2
+LATE_SECONDS, WINDOW_SECONDS = 3.0, 15.0  # a rank that waits for so long, of so long, has its workers hurry
+PATIENCE_SECONDS = 3.0  # with a read on cores that are free
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Looked up here and not in a forked process. Without it (not Linux) there is torch's own look at the parent, every 5 s.
@@ -62,15 +61,15 @@ class BatchReader:
         asked = map(self._remember, requests)
         self._workers = workers
         # What a shard that comes from elsewhere needs of a core (encryption, digests) is not known before it is there.
-        local = all(isinstance(source.index.folder, LocalFolder) for source in clips.sources)
-        self._background = Background() if local and not pin else None
+        here = all(source.features or isinstance(source.index.folder, LocalFolder) for source in clips.sources)
+        self._background = Background(min(PATIENCE_SECONDS, seconds / 4)) if here and workers and not pin else None
         self._batches = (
             _read_by_workers(clips, asked, workers, seconds, most_bytes, self._background)
             if workers
             else map(clips.__getitem__, asked)
         )
         self._pin = pin
-        self._began: tuple[float, float] | None = None  # when it had its first batch, and `waited` then
+        self._window: tuple[float, float] | None = None  # when it began, not before the first batch, and `waited` then
 
     def __iter__(self) -> BatchReader:
         return self
@@ -85,13 +84,19 @@ class BatchReader:
             reason = str(error).removesuffix(". ")
             raise LoaderError(f"a loader worker failed: {reason}; waited for {self.awaited()}") from error
         self._asked.popleft()
-        now = time.perf_counter()
-        self.waited += now - start
+        self.waited += time.perf_counter() - start
         if self._background:
-            began, waited = self._began = self._began or (now, self.waited)
-            if self.waited - waited > max(LATE_SECONDS, LATE_SHARE * (now - began)):
-                self._background.hurry()
+            self._hurry_if_late(self._background)
         return batch.pin_memory() if self._pin else batch
+
+    def _hurry_if_late(self, background: Background) -> None:
+        now = time.perf_counter()
+        began, waited = self._window or (now, self.waited)
+        late = self.waited - waited > LATE_SECONDS
+        if late:
+            background.hurry()
+        if late or self._window is None or now - began > WINDOW_SECONDS:
+            self._window = now, self.waited
 
     def close(self) -> None:
         """End the workers; for a consumer that does not read to the end. Waits up to 5 s for the clips under way."""
@@ -209,7 +214,10 @@ class _Sender(Dataset[_Parcel]):
         self.background = background
 
     def __getitem__(self, task: tuple[Request, int | None]) -> _Parcel:
-        return self.background.run(partial(self._read, *task)) if self.background else self._read(*task)
+        if self.background is None:
+            return self._read(*task)
+        # Not into the slot a second time: the first reading still may write there.
+        return self.background.run(partial(self._read, *task), partial(self._read, task[0], None))
 
     def _read(self, request: Request, slot: int | None) -> _Parcel:
         into = None if slot is None else self.slots.view(slot, self.slots.size)

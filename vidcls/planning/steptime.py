@@ -62,7 +62,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step, by what they go to; loader: that its workers take from the cores of a CPU."""
+    """Seconds of one optimizer step, by what they go to; loader: what its workers take from a CPU's cores, at most."""
 
     products: float
     passes: float

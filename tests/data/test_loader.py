@@ -105,16 +105,19 @@ def test_workers_leave_the_cores_to_a_rank_that_computes_on_them(
 
 
 def test_workers_hurry_when_a_rank_waits_for_them(clips: ClipBatches, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
+    now = without_core = 0.0
     monkeypatch.setattr(reading.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(reading, "seconds_without_core", lambda: without_core)
     batches = read_batches(clips, [Request((0,))] * 99, workers=1, pin=False)
     background = batches._background
     assert background is not None
 
-    def after(computed: float, waited: float) -> bool:
-        """Whether workers hurry after a batch that was asked for `computed` seconds after the last, and waited for."""
-        nonlocal now, read
+    def after(computed: float, waited: float, held_up: float = 0.0) -> bool:
+        """Whether workers hurry after a batch that was asked for `computed` seconds after the last, `held_up` of them
+        without a core, and waited for."""
+        nonlocal now, without_core
         now += computed
+        without_core += held_up
 
         def late() -> Batch:
             nonlocal now
@@ -130,7 +133,10 @@ def test_workers_hurry_when_a_rank_waits_for_them(clips: ClipBatches, monkeypatc
     assert not any(after(36.0, 0.5) for _ in range(20))
     assert not after(36_000.0, 0.0)
     # Then somebody else takes the cores.
-    assert [after(0.1, 1.0) for _ in range(4)] == [False, False, False, True]
+    assert [after(0.1, 0.9) for _ in range(3)] == [False, False, True]
+    background._hurry_until[0] = 0.0  # a minute later
+    assert not any(after(1.0, 0.0, held_up=0.1) for _ in range(30))
+    assert [after(1.0, 0.0, held_up=0.5) for _ in range(5)][-1]
     batches._batches = read
     batches.close()
 

@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -73,6 +74,14 @@ class Background:
             return function()
         finally:
             self._seconds = time.thread_time() - start
+
+
+def seconds_without_core() -> float:
+    """That the calling thread was ready and waited for a core, in all; 0 where the kernel does not say."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _keep_disk_priority() -> None:

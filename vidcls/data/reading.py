@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vidcls.data.background import Background
+from vidcls.data.background import Background, seconds_without_core
 from vidcls.data.batch import Batch
 from vidcls.data.loader import ClipBatches, Request
 from vidcls.data.places import LocalFolder
@@ -30,7 +30,7 @@ SETTLE_SECONDS = 0.2
 """Before a fork. After a collective has returned a thread of gloo may still enter Python to drop a tensor; a child that
 is forked in that moment inherits a locked list of threads, and CPython 3.11 waits for it in os.fork, for ever."""
 CLIPS_NAMED = 8  # of a batch
-LATE_SECONDS, WINDOW_SECONDS = 3.0, 15.0  # a rank that waits for so long, of so long, has its workers hurry
+LATE_SECONDS, WINDOW_SECONDS = 2.0, 10.0  # a rank that waits for so long, of so long, has its workers hurry
 PATIENCE_SECONDS = 3.0  # with a read on cores that are free
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -69,7 +69,8 @@ class BatchReader:
             else map(clips.__getitem__, asked)
         )
         self._pin = pin
-        self._window: tuple[float, float] | None = None  # when it began, not before the first batch, and `waited` then
+        # Since when waiting is looked at, not before the first batch; what `waited`, and waiting for a core, were then.
+        self._window: tuple[float, float, float] | None = None
 
     def __iter__(self) -> BatchReader:
         return self
@@ -90,13 +91,15 @@ class BatchReader:
         return batch.pin_memory() if self._pin else batch
 
     def _hurry_if_late(self, background: Background) -> None:
-        now = time.perf_counter()
-        began, waited = self._window or (now, self.waited)
-        late = self.waited - waited > LATE_SECONDS
+        """Also where others want the cores, which a consumer then waits for: threads that leave them make its steps
+        up to three times as long (docs/performance.md)."""
+        now = time.perf_counter(), self.waited, seconds_without_core()
+        passed, waited, without_core = (there - then for there, then in zip(now, self._window or now, strict=True))
+        late = max(waited, without_core) > LATE_SECONDS
         if late:
             background.hurry()
-        if late or self._window is None or now - began > WINDOW_SECONDS:
-            self._window = now, self.waited
+        if late or self._window is None or passed > WINDOW_SECONDS:
+            self._window = now
 
     def close(self) -> None:
         """End the workers; for a consumer that does not read to the end. Waits up to 5 s for the clips under way."""

@@ -130,7 +130,7 @@ def test_workers_hurry_when_a_rank_waits_for_them(clips: ClipBatches, monkeypatc
 
     read = batches._batches
     assert not after(0.0, 100.0)  # a start is a wait, whatever workers do
-    assert not any(after(36.0, 0.5) for _ in range(20))
+    assert not any(after(36.0, 3.0, held_up=3.0) for _ in range(20))
     assert not after(36_000.0, 0.0)
     # Then somebody else takes the cores.
     assert [after(0.1, 0.9) for _ in range(3)] == [False, False, True]

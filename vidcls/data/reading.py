@@ -94,8 +94,8 @@ class BatchReader:
         """Also where others want the cores, which a consumer then waits for: threads that leave them make its steps
         up to three times as long (docs/performance.md)."""
         now = time.perf_counter(), self.waited, seconds_without_core()
-        passed, waited, without_core = (there - then for there, then in zip(now, self._window or now, strict=True))
-        late = max(waited, without_core) > LATE_SECONDS
+        passed, waited, without_core = (new - old for new, old in zip(now, self._window or now, strict=True))
+        late = max(waited, without_core) > LATE_SECONDS * max(1.0, passed / WINDOW_SECONDS)
         if late:
             background.hurry()
         if late or self._window is None or passed > WINDOW_SECONDS:

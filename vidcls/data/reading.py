@@ -217,10 +217,11 @@ class _Sender(Dataset[_Parcel]):
         self.background = background
 
     def __getitem__(self, task: tuple[Request, int | None]) -> _Parcel:
+        request, slot = task
         if self.background is None:
-            return self._read(*task)
+            return self._read(request, slot)
         # Not into the slot a second time: the first reading still may write there.
-        return self.background.run(partial(self._read, *task), partial(self._read, task[0], None))
+        return self.background.run(partial(self._read, request, slot), instead=partial(self._read, request, None))
 
     def _read(self, request: Request, slot: int | None) -> _Parcel:
         into = None if slot is None else self.slots.view(slot, self.slots.size)

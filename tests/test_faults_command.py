@@ -102,8 +102,8 @@ def starve_rank(run: Running) -> None:
     [
         (kill_rank, (KILLED,), "killed", "vanished without a word"),
         (stop_rank, (Exit.PEER_LOST, Exit.STUCK, KILLED), "stuck", "the process is stopped"),
-        (kill_worker, (Exit.DATA,), "data", "killed by signal: Killed"),
-        (stop_worker, (Exit.DATA,), "data", "a loader worker failed: DataLoader timed out after 6 seconds"),
+        (kill_worker, (Exit.DATA,), "data", "a loader worker was killed by signal 9 (Killed); waited for"),
+        (stop_worker, (Exit.DATA,), "data", "a loader worker gave nothing for 6 seconds; waited for"),
         (starve_rank, (Exit.OUT_OF_MEMORY,), "out_of_memory", "allocate memory"),
         (kill_launcher, (-signal.SIGKILL,), "launcher_gone", "the launcher, or the SSH session to it, is gone"),
     ],

@@ -25,7 +25,7 @@ from tests.support.shards import clip_batches, make_shards
 from tests.support.web import web
 from tools.make_motion_clips import write_video
 from vidcls.config import PromptError
-from vidcls.data import reading
+from vidcls.data import loader, reading
 from vidcls.data.augment import AugmentSettings
 from vidcls.data.background import SCHED_IDLE
 from vidcls.data.batch import Batch, collate, prepare_clip
@@ -416,6 +416,25 @@ def test_each_change_of_shards_to_fetch_is_announced_once(small_shards: Path, en
     assert announced[:2] == [[first, second], [first, second, third]]
     assert announced[2][0] == third
     assert len(announced) == 4
+
+
+def test_each_worker_begins_with_its_own_shards(
+    small_shards: Path, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = ShardIndex.open(small_shards)
+    announced: list[list[str]] = []
+
+    class Folder(LocalFolder):
+        def prefetch(self, files: Iterable[tuple[str, int, str]]) -> None:
+            announced.append([name for name, _, _ in files])
+
+    names = [shard.name for shard in index.shards]
+    assert len(names) == 3
+    for number in range(2):
+        monkeypatch.setattr(loader, "worker_place", lambda number=number: (number, 2))
+        clips = clip_batches(dataclasses.replace(index, folder=Folder(small_shards)), encoder, 1)
+        clips.read(Request((0,), ahead=((0, 0), (0, 1), (0, 2))))
+    assert announced == [[names[0], names[2], names[1]], [names[1], names[0], names[2]]]
 
 
 def test_texts_are_padded_behind_action_only(encoder: PromptEncoder) -> None:

@@ -35,7 +35,6 @@ from vidcls.manifest import CheckpointError, StorageError
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), Exit.OUT_OF_MEMORY),
         (ShardError("shard-000000.tar: a: damaged"), Exit.DATA),
         (LoaderError("a loader worker failed"), Exit.DATA),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), Exit.DATA),
         (InUseError("output_dir is in use"), Exit.USER_ERROR),
         (CheckpointError("of another model"), Exit.USER_ERROR),
         (RuntimeError("shape mismatch"), Exit.FAILED),

@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from torch.utils.data import get_worker_info
 
+from vidcls.data.ahead import worker_place
 from vidcls.data.augment import AugmentSettings, augment_clip, mix_clips, mix_plan
 from vidcls.data.batch import Batch, ClipEncoder, ClipShape, EncodedText, PreparedClip, collate, seconds_per_grid
 from vidcls.data.budget import BudgetLayout
@@ -380,8 +380,7 @@ class ClipBatches:
         if ahead == self._announced or self._features is not None:
             return
         self._announced = ahead
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        number, workers = worker_place()
         for source, group in itertools.groupby(ahead, key=lambda pair: pair[0]):
             shards = [shard for _, shard in group]
             # Each worker begins with its own part, so that as many shards as workers are fetched at a time.

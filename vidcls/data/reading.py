@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import os
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
+from vidcls.data.ahead import Ahead, WorkerError
 from vidcls.data.background import Background, seconds_without_core
 from vidcls.data.batch import Batch
 from vidcls.data.loader import ClipBatches, Request
@@ -26,16 +22,10 @@ from vidcls.data.slots import FrameSlots
 
 WORKER_SECONDS = 300
 PREFETCHED = 2  # batches under way per worker
-SETTLE_SECONDS = 0.2
-"""Before a fork. After a collective has returned a thread of gloo may still enter Python to drop a tensor; a child that
-is forked in that moment inherits a locked list of threads, and CPython 3.11 waits for it in os.fork, for ever."""
 CLIPS_NAMED = 8  # of a batch
 LATE_SECONDS, WINDOW_SECONDS = 2.0, 10.0  # a rank that waits for so long, of so long, has its workers hurry
+LOOK_SECONDS = 0.5  # between looks whether it does: each costs the rank a tenth of a millisecond
 PATIENCE_SECONDS = 3.0  # with a read on cores that are free
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Looked up here and not in a forked process. Without it (not Linux) there is torch's own look at the parent, every 5 s.
-PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
 
 
 class LoaderError(RuntimeError):
@@ -59,18 +49,20 @@ class BatchReader:
         self._clips = clips
         self._asked: deque[Request] = deque()
         asked = map(self._remember, requests)
-        self._workers = workers
         # What a shard that comes from elsewhere needs of a core (encryption, digests) is not known before it is there.
         here = all(source.features or isinstance(source.index.folder, LocalFolder) for source in clips.sources)
         self._background = Background(min(PATIENCE_SECONDS, seconds / 4)) if here and workers and not pin else None
-        self._batches = (
-            _read_by_workers(clips, asked, workers, seconds, most_bytes, self._background)
-            if workers
-            else map(clips.__getitem__, asked)
-        )
+        self._ahead: Ahead[_Task, _Parcel] | None = None
+        self._batches: Iterator[Batch] = map(clips.__getitem__, asked)
+        if workers:
+            tasks, slots = _with_slots(clips, asked, PREFETCHED * workers, most_bytes)
+            read = _Reader(clips, slots, self._background)
+            self._ahead = Ahead(read, tasks, workers=workers, per_worker=PREFETCHED, seconds=seconds)
+            self._batches = (parcel.unpack(slots) for parcel in self._ahead)
         self._pin = pin
         # Since when waiting is looked at, not before the first batch; what `waited`, and waiting for a core, were then.
         self._window: tuple[float, float, float] | None = None
+        self._looked = -LOOK_SECONDS
 
     def __iter__(self) -> BatchReader:
         return self
@@ -79,11 +71,8 @@ class BatchReader:
         start = time.perf_counter()
         try:
             batch = next(self._batches)
-        except RuntimeError as error:  # DataLoader's own words name neither shard nor clip
-            if not self._workers or not str(error).startswith("DataLoader"):
-                raise
-            reason = str(error).removesuffix(". ")
-            raise LoaderError(f"a loader worker failed: {reason}; waited for {self.awaited()}") from error
+        except WorkerError as error:
+            raise LoaderError(f"a loader worker {error}; waited for {self.awaited()}") from error
         self._asked.popleft()
         self.waited += time.perf_counter() - start
         if self._background:
@@ -93,7 +82,11 @@ class BatchReader:
     def _hurry_if_late(self, background: Background) -> None:
         """Also where others want the cores, which a consumer then waits for: threads that leave them make its steps
         up to three times as long (docs/performance.md)."""
-        now = time.perf_counter(), self.waited, seconds_without_core()
+        clock = time.perf_counter()
+        if clock - self._looked < LOOK_SECONDS:
+            return
+        self._looked = clock
+        now = clock, self.waited, seconds_without_core()
         passed, waited, without_core = (new - old for new, old in zip(now, self._window or now, strict=True))
         late = max(waited, without_core) > LATE_SECONDS * max(1.0, passed / WINDOW_SECONDS)
         if late:
@@ -103,8 +96,8 @@ class BatchReader:
 
     def close(self) -> None:
         """End the workers; for a consumer that does not read to the end. Waits up to 5 s for the clips under way."""
-        if isinstance(self._batches, Generator):
-            self._batches.close()  # it holds the loader's only reference, which ends the workers when it goes
+        if self._ahead:
+            self._ahead.close()
 
     def awaited(self) -> str:
         """Shards and keys of the next batch, or "" when none has been asked for yet."""
@@ -135,42 +128,22 @@ def read_batches(
     return BatchReader(clips, requests, workers=workers, pin=pin, seconds=seconds, most_bytes=most_bytes)
 
 
-def _read_by_workers(
-    clips: ClipBatches,
-    requests: Iterator[Request],
-    workers: int,
-    seconds: int,
-    most_bytes: int | None,
-    background: Background | None,
-) -> Iterator[Batch]:
+_Task: TypeAlias = tuple[Request, int | None]  # and the slot for its frames or features
+
+
+def _with_slots(
+    clips: ClipBatches, requests: Iterator[Request], under_way: int, most_bytes: int | None
+) -> tuple[Iterator[_Task], FrameSlots]:
     first = list(itertools.islice(requests, 1))
     most = max((len(request.samples) for request in first), default=1)
     size = most * clips.most_bytes() if most_bytes is None else most_bytes
     # Two more than are under way: the one that the consumer is given, and the one that it still has.
-    slots = FrameSlots(PREFETCHED * workers + 2, size)
+    slots = FrameSlots(under_way + 2, size)
     tasks = (
         (request, slots.take() if most_bytes is not None or len(request.samples) <= most else None)
         for request in itertools.chain(first, requests)
     )
-    loader: DataLoader = DataLoader(
-        _Sender(clips, slots, background),
-        batch_size=None,
-        sampler=tasks,  # type: ignore[arg-type]
-        num_workers=workers,
-        prefetch_factor=PREFETCHED,
-        collate_fn=_unchanged,  # type: ignore[arg-type]
-        timeout=seconds,
-        worker_init_fn=partial(_start_worker, rank=os.getpid()),
-        multiprocessing_context="fork",  # the slots are inherited
-    )
-    time.sleep(SETTLE_SECONDS)
-    # Blocked before the fork, and so in every thread that a worker ever has: torch makes some at its start.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        parcels = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return (parcel.unpack(slots) for parcel in parcels)
+    return tasks, slots
 
 
 @dataclass(frozen=True)
@@ -208,15 +181,15 @@ class _Parcel:
         return Batch(**self.rest, **tensors)
 
 
-class _Sender(Dataset[_Parcel]):
-    """What a worker runs."""
+class _Reader:
+    """What a worker does."""
 
     def __init__(self, clips: ClipBatches, slots: FrameSlots, background: Background | None) -> None:
         self.clips = clips
         self.slots = slots
         self.background = background
 
-    def __getitem__(self, task: tuple[Request, int | None]) -> _Parcel:
+    def __call__(self, task: _Task) -> _Parcel:
         request, slot = task
         if self.background is None:
             return self._read(request, slot)
@@ -226,25 +199,3 @@ class _Sender(Dataset[_Parcel]):
     def _read(self, request: Request, slot: int | None) -> _Parcel:
         into = None if slot is None else self.slots.view(slot, self.slots.size)
         return _Parcel.pack(self.clips.read(request, into), slot)
-
-
-def _start_worker(number: int, rank: int) -> None:
-    """A worker ends with its rank, or when that says so, and by nobody else: cluster managers signal every process of a
-    job, and a rank that is asked to stop still needs its batches for the step under way."""
-    threading.Thread(target=_obey, args=(rank,), name="signals", daemon=True).start()
-    if PRCTL is not None:
-        PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != rank:  # it died before the kernel was asked
-        os._exit(1)
-
-
-def _obey(rank: int) -> None:
-    """A thread: a rank that ends, also one with an error, terminates its workers and waits for them."""
-    while True:
-        about = signal.sigwaitinfo(STOP_SIGNALS)
-        if about.si_pid == rank and about.si_signo == signal.SIGTERM:
-            os._exit(0)  # anything else would be reported as an accident
-
-
-def _unchanged(parcel: _Parcel) -> _Parcel:
-    return parcel

@@ -63,8 +63,7 @@ def exit_of(error: BaseException) -> Exit:
         return Exit.OUT_OF_MEMORY
     if isinstance(error, RuntimeError | OSError) and any(part in text for part in MEMORY_TEXTS):
         return Exit.OUT_OF_MEMORY
-    # torch notices a dead loader worker by a signal: whatever the rank does then is interrupted by this.
-    if names & DATA_CLASSES or text.startswith("DataLoader worker"):
+    if names & DATA_CLASSES:
         return Exit.DATA
     if names & USER_CLASSES:
         return Exit.USER_ERROR

@@ -71,7 +71,7 @@ class PromptEncoder:
     <ACTION>; "empty": the prompt alone.
 
     Attention is causal, so text behind <ACTION> could not change what is read there: it is left out, but for an answer
-    that is to be learned. Holds no torch objects and can be pickled into DataLoader workers.
+    that is to be learned. Holds no torch objects and can be pickled for worker processes.
     """
 
     def __init__(

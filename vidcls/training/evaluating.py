@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from vidcls import distributed
@@ -306,9 +305,7 @@ def _views(config: Config, clips: Sequence[EvalClips], frames: FrameChoice) -> V
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
-    # A DataLoader that starts its workers draws from the generator.
-    with torch.random.fork_rng(devices=[]):
-        yield
+    yield
     model.train(training)
 
 

@@ -59,7 +59,7 @@ class _Failed:
 
 
 class Ahead(Generic[Task, Result]):
-    """An iterator of function(task) for each task, in order; `workers` processes have up to `per_worker` each under way.
+    """An iterator of function(task) for each task, in order; each of `workers` processes has `per_worker` under way.
 
     The workers are forked at once, and with them whatever function refers to. An exception of function is raised
     where its result would have come. seconds: without a result, after which WorkerError is raised. Tasks and results

@@ -104,7 +104,7 @@ def starve_rank(run: Running) -> None:
         (stop_rank, (Exit.PEER_LOST, Exit.STUCK, KILLED), "stuck", "the process is stopped"),
         (kill_worker, (Exit.DATA,), "data", "a loader worker was killed by signal 9 (Killed); waited for"),
         (stop_worker, (Exit.DATA,), "data", "a loader worker gave nothing for 6 seconds; waited for"),
-        (starve_rank, (Exit.OUT_OF_MEMORY,), "out_of_memory", "allocate memory"),
+        (starve_rank, (Exit.OUT_OF_MEMORY,), "out_of_memory", "allocate memory|MemoryError|bad_alloc"),
         (kill_launcher, (-signal.SIGKILL,), "launcher_gone", "the launcher, or the SSH session to it, is gone"),
     ],
 )
@@ -117,15 +117,17 @@ def test_what_ends_a_rank_has_a_name(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if act is starve_rank:  # what a rank keeps of freed memory would be enough for it, step after step
-        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
+    # What a rank keeps of freed memory would be enough for it, step after step: large pieces come from the kernel, each
+    # time. Small ones do not: where C++ code that cannot raise is refused one, the process ends without a word.
+    if act is starve_rank:
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))
     run = Running(small_shards, tmp_path)
     act(run)
     code = run.end(60)
     assert code in codes, run.log.read_text()[-3000:]
     reports = run.reports()
     assert reports[1]["kind"] == kind
-    assert message in reports[1]["message"]
+    assert any(part in reports[1]["message"] for part in message.split("|"))
     if act is stop_worker:
         assert reports[1]["clips"].startswith(f"{small_shards}/shard-0")
         assert reports[1]["phase"] == "data"

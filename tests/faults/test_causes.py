@@ -31,6 +31,7 @@ from vidcls.manifest import CheckpointError, StorageError
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Exit.STORAGE),
         (OSError(errno.EROFS, os.strerror(errno.EROFS)), Exit.STORAGE),
         (MemoryError(), Exit.OUT_OF_MEMORY),
+        (RuntimeError("std::bad_alloc"), Exit.OUT_OF_MEMORY),  # torch's word for one in C++ code
         (torch.OutOfMemoryError("CUDA out of memory"), Exit.OUT_OF_MEMORY),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), Exit.OUT_OF_MEMORY),
         (ShardError("shard-000000.tar: a: damaged"), Exit.DATA),

@@ -22,7 +22,7 @@ from vidcls.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
 RANK = """
-import ctypes, os, sys, time
+import ctypes, os, resource, sys, time
 from pathlib import Path
 from vidcls.faults import guard
 with guard.guarded(Path(sys.argv[1]), guard.Limits(start=30, data=1, step=1, stop=float(sys.argv[3]))):
@@ -39,6 +39,15 @@ with guard.guarded(Path(sys.argv[1]), guard.Limits(start=30, data=1, step=1, sto
             ctypes.string_at(0)
         elif act == "raise":
             raise MemoryError("no room")
+        elif act == "mute":
+            guard.write_report = None
+            raise MemoryError("no room")
+        elif act == "starve":
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+            hoard = []
+            while True:
+                hoard.append(bytes(64))
         elif act == "finish":
             sys.exit(0)
         elif act == "fork":
@@ -136,6 +145,21 @@ def test_an_error_has_the_code_of_its_kind(tmp_path: Path) -> None:
     (report,) = reports(tmp_path / "out")
     assert (report["kind"], report["message"]) == ("out_of_memory", "MemoryError: no room")
     assert 'raise MemoryError("no room")' in stacks(tmp_path / "out") or "MemoryError" in stacks(tmp_path / "out")
+
+
+def test_a_process_without_any_memory_left(tmp_path: Path) -> None:
+    process = start(tmp_path / "out", "starve")
+    assert end_of(process) == Exit.OUT_OF_MEMORY
+    (report,) = reports(tmp_path / "out")
+    assert (report["kind"], report["step"], report["message"]) == ("out_of_memory", 17, "MemoryError")
+
+
+def test_last_words_that_fail_are_said_by_the_guardian(tmp_path: Path) -> None:
+    process = start(tmp_path / "out", "mute")
+    assert end_of(process) == Exit.OUT_OF_MEMORY
+    (report,) = reports(tmp_path / "out")
+    assert (report["kind"], report["code"], report["step"]) == ("out_of_memory", 77, 17)
+    assert report["message"].startswith("MemoryError: no room; written by its guardian: the process vanished")
 
 
 def test_who_ends_well_leaves_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import struct
 import time
 from dataclasses import dataclass
 
-SIZE = 16384
+SIZE = 65536  # JSON takes up to 12 bytes for a character of a name or message
 _HEADER = struct.Struct("<QI")  # version (odd while it is written), bytes of JSON
 _ORDER_AT = 32  # where the guardian writes the exit code that the rank shall leave with; 0: stay
 _WATCHED_AT = 33  # 1 once the guardian looks
@@ -20,6 +20,7 @@ _BODY_AT = 64
 # Made once, and without dataclasses.asdict: four times a step.
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 CLIPS_LENGTH = 2000  # characters kept of the clips' names
+MESSAGE_LENGTH = 2000
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Status:
     """What a rank does. deadline: in time.monotonic(), which all processes of a host share; None: no limit.
 
     clips: shard and keys of the clips concerned. stopping: it was asked to stop and will save first.
+    kind, code, message: of the error that it is leaving for, in case it does not come to writing its report.
     leaving: it has said its last words; whatever ends it now needs no report.
     """
 
@@ -39,6 +41,9 @@ class Status:
     limit: float | None = None
     deadline: float | None = None
     stopping: bool = False
+    kind: str = ""
+    code: int = 0
+    message: str = ""
     leaving: bool = False
 
 

@@ -23,7 +23,13 @@ COMMUNICATION_TEXTS = (
     "NCCL",
     "/gloo/",
 )
-MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+MEMORY_TEXTS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+)
 # Those that are met after the start; before it the commands answer every ValueError as a user's mistake.
 USER_CLASSES = {"CheckpointError", "InUseError"}
 DATA_CLASSES = {"ShardError", "FrameError", "PlaceError", "LoaderError"}

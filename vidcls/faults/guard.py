@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vidcls.faults.board import CLIPS_LENGTH, Board, Status
+from vidcls.faults.board import CLIPS_LENGTH, MESSAGE_LENGTH, Board, Status
 from vidcls.faults.causes import RankFailedError, exit_of
 from vidcls.faults.exits import Exit
 from vidcls.faults.guardian import DUMP_SECONDS, DUMP_SIGNAL, MAX_STACKS
@@ -38,6 +38,7 @@ LINGER_SECONDS = 4.0  # for which a rank that lost a peer waits, so that the lau
 GLOO_ADVICE = " This is typically caused by"  # and so on: general, and longer than what happened
 GUARDIAN_SECONDS = 20.0  # for the guardian to start on a busy host
 DATA_GRACE_SECONDS = 10.0
+RESERVE_BYTES, RESERVE_PIECE = 2**21, 2**16  # small pieces come from the heap, where Python finds them again
 LEAVE_SECONDS = 60.0  # for leaving the process group and ending the interpreter
 
 
@@ -77,6 +78,7 @@ class Guard:
         self._until = 0.0  # time.monotonic() at which the phase's limit is reached
         self._can_save = False
         self._failing = False
+        self._reserve = [bytearray(RESERVE_PIECE) for _ in range(RESERVE_BYTES // RESERVE_PIECE)]  # for last words
         self._status = Status(rank=rank, launch=launch)
         self._lock = threading.Lock()  # main thread and _look; never a signal handler
         self._board = Board.create()
@@ -140,10 +142,21 @@ class Guard:
     def fail(self, error: BaseException) -> None:
         """Say why, write the report, and end the process."""
         self._failing = True
-        code = exit_of(error)
+        self._reserve.clear()
+        code = Exit.OUT_OF_MEMORY  # if there is too little of it to find that out
+        try:
+            code = exit_of(error)
+            self._last_words(error, code)
+        except Exception:  # no memory, most likely; the guardian has some, and says what is on the board
+            with contextlib.suppress(Exception):
+                traceback.print_exc()
+        exit_now(code)
+
+    def _last_words(self, error: BaseException, code: Exit) -> None:
+        message = ": ".join(filter(None, [type(error).__name__, str(error)])).partition(GLOO_ADVICE)[0].strip()
+        self._set(kind=code.name.lower(), code=int(code), message=message[:MESSAGE_LENGTH])
         with contextlib.suppress(OSError, ValueError):  # whoever read it, ssh perhaps, is gone
             traceback.print_exception(error)
-        message = f"{type(error).__name__}: {error}".partition(GLOO_ADVICE)[0].strip()
         if code == Exit.PEER_LOST:
             message = self._linger(message)
         status = self._status
@@ -164,7 +177,6 @@ class Guard:
             stacks += self._stacks_of_forks()
         report.say(write_report(self.output_dir, report, stacks))
         self.leave()
-        exit_now(code)
 
     def _stacks_of_forks(self) -> str:
         """What the loader workers do, by the fault handler that they were forked with."""

@@ -114,6 +114,8 @@ class Guardian:
             about += "; the process is stopped (SIGSTOP, or a debugger)"
         elif state == "D":
             about += "; the process waits for a disk or a network file system"
+        if status.kind:
+            about += f"; it was about to leave ({status.kind}: {status.message})"
         self._end(status, "stuck", Exit.STUCK, about)
 
     def _end(self, status: Status, kind: str, code: Exit, message: str) -> None:
@@ -128,8 +130,12 @@ class Guardian:
         kills = out_of_memory_kills()
         if kills is not None and kills_before is not None and kills > kills_before:
             message += f"; the kernel has meanwhile killed {kills - kills_before} processes for want of memory"
-        # 128 + 9 is what a shell says of a killed process.
-        self._report(status or Status(rank=-1), "killed", 137, message)
+        status = status or Status(rank=-1)
+        if status.kind:  # it had an error, and did not come to reporting it
+            message = f"{status.message}; written by its guardian: {message}"
+            self._report(status, status.kind, status.code, message)
+        else:
+            self._report(status, "killed", 137, message)  # 128 + 9 is what a shell says of a killed process
 
     def _report(self, status: Status, kind: str, code: int, message: str) -> None:
         stacks = os.pread(self.stacks, MAX_STACKS, 0).decode(errors="replace")

@@ -126,6 +126,6 @@ def ancestors(pid: int) -> Iterator[int]:
 def exit_now(code: int) -> None:
     """Leave without unwinding: threads of a broken process group would hold the interpreter."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, MemoryError):
             stream.flush()
     os._exit(code)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 FOLDER_NAME = "failures"
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -87,8 +89,6 @@ def _ending(launch: str) -> str:
 
 def memory_state() -> dict[str, Any]:
     """Of the host in bytes, and how often the kernel has killed for want of memory in this control group."""
-    import psutil
-
     memory = psutil.virtual_memory()
     state: dict[str, Any] = {"total": memory.total, "available": memory.available}
     with contextlib.suppress(OSError):

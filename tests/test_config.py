@@ -11,16 +11,7 @@ import pytest
 import yaml
 
 from tests.support.launch import ROOT
-from vidcls.config import (
-    Config,
-    ConfigError,
-    batch_plan,
-    check_output_dir,
-    config_from_values,
-    describe_options,
-    load_config,
-    total_steps,
-)
+from vidcls.config import Config, ConfigError, check_output_dir, config_from_values, describe_options, load_config
 from vidcls.options import OWNER, DatasetOptions
 
 VALUES = {
@@ -178,38 +169,6 @@ def test_overrides_win_and_the_dump_loads_again(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(loaded.dump())
     assert load_config(again) == loaded
-
-
-@pytest.mark.parametrize(
-    ("batch", "world", "expected"),
-    [
-        ({"per_device_train_batch_size": 2}, 3, (2, 1, 6)),
-        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, 2, (2, 4, 16)),
-        ({"per_device_train_batch_size": 2, "train_batch_size": 24}, 3, (2, 4, 24)),
-        (
-            {"per_device_train_batch_size": None, "gradient_accumulation_steps": 2, "train_batch_size": 24},
-            3,
-            (4, 2, 24),
-        ),
-        (BUDGET, 3, (8, 1, 24)),
-    ],
-)
-def test_two_of_the_batch_triple_give_the_third(batch: dict, world: int, expected: tuple[int, int, int]) -> None:
-    plan = batch_plan(config(**batch).optim, world)
-    assert plan is not None
-    assert (plan.micro, plan.accumulation, plan.global_) == expected
-
-
-def test_a_batch_that_does_not_divide_lists_the_rank_counts_that_fit() -> None:
-    with pytest.raises(ConfigError, match=r"train_batch_size: 12 .*these rank counts fit: \[1, 2, 3, 6\]"):
-        batch_plan(config(train_batch_size=12).optim, 4)
-    with pytest.raises(ConfigError, match=r"train_batch_size: 24 .*rank counts fit: \[1, 2, 3, 4, 6, 8, 12, 24\]"):
-        batch_plan(config(**BUDGET).optim, 5)
-
-
-def test_total_steps() -> None:
-    assert total_steps(config(num_train_epochs=2).optim, samples=25, global_batch=4) == 13
-    assert total_steps(config(max_steps=7).optim, samples=25, global_batch=4) == 7
 
 
 def test_a_used_output_dir_needs_a_decision(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ SOURCES = {
 # Each part may import those of the rows above it and itself; parts of one row never import each other.
 ROWS = (
     ("vidcls.options",),
-    ("vidcls.registry",),
+    ("vidcls.registry", "vidcls.prompts", "vidcls.batch_plan"),
+    ("vidcls.consistency",),
     ("vidcls.config", "vidcls.geometry", "vidcls.manifest", "vidcls.ops", "vidcls.hosts"),
     ("vidcls.faults",),
     ("vidcls.distributed", "vidcls.command", "vidcls.progress"),

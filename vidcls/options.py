@@ -296,6 +296,12 @@ class EvalOptions(Section):
         default_factory=dict, description="of each clip, averaged: {segments: K, crops: 1 or 3} (default: 1 and 1)"
     )
 
+    @property
+    def metric(self) -> str:
+        """metric_for_best_model without transformers' prefix eval_; accuracy is top1."""
+        name = self.metric_for_best_model.removeprefix("eval_")
+        return "top1" if name == "accuracy" else name
+
 
 class RunOptions(Section):
     stage: Literal["action_cls"] = Field("action_cls", description="what is trained: an action classifier")

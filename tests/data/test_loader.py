@@ -24,7 +24,6 @@ from tests.support.forgery import forge_sample
 from tests.support.shards import clip_batches, make_shards
 from tests.support.web import web
 from tools.make_motion_clips import write_video
-from vidcls.config import PromptError
 from vidcls.data import loader, reading
 from vidcls.data.augment import AugmentSettings
 from vidcls.data.background import SCHED_IDLE
@@ -42,6 +41,7 @@ from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tiny import tiny_config, tiny_tokenizer
 from vidcls.options import DEFAULT_PROMPT
+from vidcls.prompts import PromptError
 
 
 def byte_encoder() -> PromptEncoder:

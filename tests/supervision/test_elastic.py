@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidcls.config import BatchPlan
+from vidcls.batch_plan import BatchPlan
 from vidcls.options import OptimOptions
 from vidcls.supervision.elastic import fit, trim
 from vidcls.supervision.launches import Batch, batch_keys

@@ -11,13 +11,14 @@ import pytest
 from tests.support.launch import ROOT
 from tests.support.shards import make_shards
 from tools.make_motion_clips import make_motion_clips
-from vidcls.config import Config, ConfigError, PromptError, config_from_values
+from vidcls.config import Config, ConfigError, config_from_values
 from vidcls.data.index import ShardIndex
 from vidcls.data.loader import ClipBatches, ClipSource, FrameChoice
 from vidcls.model.losses import class_balanced_weights
 from vidcls.model.patches import VisionGeometry
 from vidcls.model.prompt import PromptEncoder
 from vidcls.model.tiny import tiny_config, tiny_tokenizer
+from vidcls.prompts import PromptError
 from vidcls.training.data_sets import open_data_sets
 from vidcls.training.setup import check_texts
 

@@ -8,7 +8,6 @@ the worker that has threads, and a death is noticed by whoever waits for the res
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import pickle
@@ -28,6 +27,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from vidcls.faults.processes import die_with_parent
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 SETTLE_SECONDS = 0.2
@@ -35,10 +36,7 @@ SETTLE_SECONDS = 0.2
 is forked in that moment inherits a locked list of threads, and CPython 3.11 waits for it in os.fork, for ever."""
 END_SECONDS = 5.0  # for the task under way of a worker that is not needed any more
 _END = object()  # instead of a task, and of a result
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # that come to all processes of a job, or of a terminal
-# Looked up here and not in a forked process.
-PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
 # A worker closes all that it inherits: one left open would hide from another worker that its rank has closed it.
 _rank_ends: weakref.WeakSet[Connection] = weakref.WeakSet()
 _place = (0, 1)
@@ -158,8 +156,7 @@ def _work(function: Callable[[Any], Any], rank: Connection, place: tuple[int, in
     global _place
     _place = place
     threading.Thread(target=_obey, args=(rank_pid,), name="signals", daemon=True).start()
-    if PRCTL is not None:  # without it (not Linux) a worker sees that nobody is at the other end any more
-        PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()  # elsewhere than on Linux a worker sees that nobody is at the other end any more
     if os.getppid() != rank_pid:  # it died before the kernel was asked
         os._exit(1)
     for end in list(_rank_ends):

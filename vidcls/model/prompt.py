@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vidcls.config import PromptError, check_prompt, with_action_token
 from vidcls.options import ACTION_TOKEN, VIDEO_TAG
+from vidcls.prompts import PromptError, check_prompt, with_action_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
-from vidcls.config import has_own_tokenizer
 from vidcls.model.shapes import TINY
 from vidcls.model.tiny import SPECIAL_TOKENS, tiny_tokenizer
 from vidcls.model.weights import load_config, load_token_embeddings
 from vidcls.options import ACTION_TOKEN
+from vidcls.prompts import has_own_tokenizer
 
 # The embedding of <ACTION> starts at the mean of what these words mean to the model.
 ACTION_WORDS = (" action", " activity", " movement", " doing")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from vidcls.config import BatchPlan, Config, batch_plan, config_from_values, total_steps
+from vidcls.batch_plan import BatchPlan, batch_plan, total_steps
+from vidcls.config import Config, config_from_values
 from vidcls.data.index import ShardIndex
 from vidcls.data.settings import DecodeSettings
 from vidcls.geometry import smart_resize

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vidcls.config import PromptError, check_prompt
 from vidcls.data.labels import LabelSpace, LabelSpaceError
+from vidcls.prompts import PromptError, check_prompt
 
 VIDEO_SUFFIXES = frozenset(
     (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vidcls.config import BatchPlan
+from vidcls.batch_plan import BatchPlan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidcls.config import BatchPlan, Config, ConfigError, batch_plan
+from vidcls.batch_plan import BatchPlan, batch_plan
+from vidcls.config import Config, ConfigError
 from vidcls.options import OptimOptions
 from vidcls.supervision.command import Command
 from vidcls.supervision.elastic import Layout, fit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -13,16 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vidcls.faults.processes import state_of
+from vidcls.faults.processes import die_with_parent, state_of
 
 LOG_BYTES = 8_000_000  # then the log goes on in a new file, and one older is kept
 LEAVE_SECONDS = 10.0  # for what the command left running to leave by itself
-PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)  # loaded here: nothing should be, between fork and exec
-
-
-def _die_with_parent() -> None:
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Session:
@@ -37,7 +30,7 @@ class Session:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         self.id = self._process.pid
         assert self._process.stdout is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vidcls.config import Config, ConfigError, TrainSet
+from vidcls.config import Config, ConfigError
 from vidcls.data.augment import AugmentSettings
 from vidcls.data.features import FeatureCache
 from vidcls.data.index import ShardIndex
@@ -21,6 +21,7 @@ from vidcls.data.mirror import ONE_SIDED, mirror_for
 from vidcls.data.order import shards_that_fit
 from vidcls.data.places import CacheSettings, LocalFolder, default_cache_folder
 from vidcls.options import AugmentOptions, DataOptions
+from vidcls.registry import TrainSet
 
 
 @dataclass(frozen=True)

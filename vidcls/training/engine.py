@@ -15,7 +15,8 @@ from deepspeed.runtime import compiler
 from torch import nn
 
 from vidcls import distributed
-from vidcls.config import BatchPlan, Config
+from vidcls.batch_plan import BatchPlan
+from vidcls.config import Config
 from vidcls.data.batch import Batch
 from vidcls.data.reading import BatchReader
 from vidcls.faults import guard

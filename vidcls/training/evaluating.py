@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from vidcls import distributed
-from vidcls.config import Config, ConfigError, metric_name
+from vidcls.config import Config, ConfigError
 from vidcls.data.batch import ClipEncoder
 from vidcls.data.frames import Views
 from vidcls.data.index import ShardIndex
@@ -153,7 +153,7 @@ class Evaluations:
         self.batches = {each.name: ClipBatches([each.source], encoder, frames, views=views) for each in clips}
         self.ids = {each.name: each.ids for each in clips}
         self.schedule = schedule
-        self.metric = metric_name(config.eval)
+        self.metric = config.eval.metric
         self.keeps_best = config.eval.load_best_model_at_end
         self.best: Evaluation | None = None
         self._patience = config.eval.early_stopping_patience

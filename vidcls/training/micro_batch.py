@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from vidcls import distributed
-from vidcls.config import BatchPlan, Config, ConfigError
+from vidcls.batch_plan import BatchPlan
+from vidcls.config import Config, ConfigError
 from vidcls.data.batch import ClipShape
 from vidcls.data.loader import ClipBatches, Request
 from vidcls.faults import guard

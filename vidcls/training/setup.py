@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vidcls import distributed
-from vidcls.config import BatchPlan, Config, ConfigError, batch_plan, total_steps
+from vidcls.batch_plan import BatchPlan, batch_plan, total_steps
+from vidcls.config import Config, ConfigError
 from vidcls.data.batch import ClipShape, Grid
 from vidcls.data.budget import BudgetLayout
 from vidcls.data.lengths import TokenBudget

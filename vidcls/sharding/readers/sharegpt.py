@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidcls.config import ACTION_TOKEN, PromptError, check_prompt
 from vidcls.data.labels import LabelSpace
+from vidcls.options import ACTION_TOKEN
+from vidcls.prompts import PromptError, check_prompt
 from vidcls.sharding.records import (
     ClipRecord,
     RecordError,

@@ -43,7 +43,7 @@ from vidcls.training.objective import Objective
 from vidcls.training.setup import Run, setup
 
 HERE = "tests/test_recipe_keys.py"
-COMMAND, RESUME, CONFIG = "tests/test_train_command.py", "tests/test_resume.py", "tests/test_config.py"
+COMMAND, RESUME, BATCH = "tests/test_train_command.py", "tests/test_resume.py", "tests/test_batch_plan.py"
 OPTIMIZER, EVALUATING = "tests/training/test_optimizer.py", "tests/training/test_evaluating.py"
 FAULTS, LIMITS = "tests/test_faults_command.py", "tests/faults/test_guard.py::test_limits_are_those_of_the_recipe"
 PARITY, BAD = "tests/training/test_parity.py", "tests/training/test_bad_samples.py"
@@ -108,9 +108,9 @@ TESTED: dict[str, str] = {
     "rand_augment": f"{HERE}::test_augmentation_changes_pixels",
     "mixup_alpha": f"{HERE}::test_mixing_of_clips",
     "cutmix_alpha": f"{HERE}::test_mixing_of_clips",
-    "per_device_train_batch_size": f"{CONFIG}::test_two_of_the_batch_triple_give_the_third",
-    "gradient_accumulation_steps": f"{CONFIG}::test_two_of_the_batch_triple_give_the_third",
-    "train_batch_size": f"{CONFIG}::test_two_of_the_batch_triple_give_the_third",
+    "per_device_train_batch_size": f"{BATCH}::test_two_of_the_batch_triple_give_the_third",
+    "gradient_accumulation_steps": f"{BATCH}::test_two_of_the_batch_triple_give_the_third",
+    "train_batch_size": f"{BATCH}::test_two_of_the_batch_triple_give_the_third",
     "max_tokens_per_batch": f"{BUDGET}::test_losses_and_gradient_norms",
     "memory_limit": f"{MICRO}::test_limits_that_allow_all_one_and_none",
     "learning_rate": f"{OPTIMIZER}::test_some_rates_by_hand",

@@ -8,14 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vidcls.options import (
-    AugmentOptions,
-    DataOptions,
-    EvalOptions,
-    ModelOptions,
-    OptimOptions,
-    RunOptions,
-)
+from vidcls.options import AugmentOptions, DataOptions, EvalOptions, ModelOptions, OptimOptions, RunOptions
 from vidcls.prompts import check_prompt, has_own_tokenizer, with_action_token
 from vidcls.registry import EvalSet, TrainSet
 

@@ -28,7 +28,7 @@ class Status:
     """What a rank does. deadline: in time.monotonic(), which all processes of a host share; None: no limit.
 
     clips: shard and keys of the clips concerned. stopping: it was asked to stop and will save first.
-    kind, code, message: of the error that it is leaving for, in case it does not come to writing its report.
+    code, message: of the error that it is leaving for, in case it does not come to writing its report; 0: none.
     leaving: it has said its last words; whatever ends it now needs no report.
     """
 
@@ -41,7 +41,6 @@ class Status:
     limit: float | None = None
     deadline: float | None = None
     stopping: bool = False
-    kind: str = ""
     code: int = 0
     message: str = ""
     leaving: bool = False

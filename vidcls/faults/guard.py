@@ -154,7 +154,7 @@ class Guard:
 
     def _last_words(self, error: BaseException, code: Exit) -> None:
         message = ": ".join(filter(None, [type(error).__name__, str(error)])).partition(GLOO_ADVICE)[0].strip()
-        self._set(kind=code.name.lower(), code=int(code), message=message[:MESSAGE_LENGTH])
+        self._set(code=int(code), message=message[:MESSAGE_LENGTH])
         with contextlib.suppress(OSError, ValueError):  # whoever read it, ssh perhaps, is gone
             traceback.print_exception(error)
         if code == Exit.PEER_LOST:

@@ -114,8 +114,8 @@ class Guardian:
             about += "; the process is stopped (SIGSTOP, or a debugger)"
         elif state == "D":
             about += "; the process waits for a disk or a network file system"
-        if status.kind:
-            about += f"; it was about to leave ({status.kind}: {status.message})"
+        if status.code:
+            about += f"; it was about to leave ({Exit(status.code).name.lower()}: {status.message})"
         self._end(status, "stuck", Exit.STUCK, about)
 
     def _end(self, status: Status, kind: str, code: Exit, message: str) -> None:
@@ -131,9 +131,9 @@ class Guardian:
         if kills is not None and kills_before is not None and kills > kills_before:
             message += f"; the kernel has meanwhile killed {kills - kills_before} processes for want of memory"
         status = status or Status(rank=-1)
-        if status.kind:  # it had an error, and did not come to reporting it
+        if status.code:  # it had an error, and did not come to reporting it
             message = f"{status.message}; written by its guardian: {message}"
-            self._report(status, status.kind, status.code, message)
+            self._report(status, Exit(status.code).name.lower(), status.code, message)
         else:
             self._report(status, "killed", 137, message)  # 128 + 9 is what a shell says of a killed process
 
